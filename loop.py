@@ -1,0 +1,231 @@
+"""The training loop: for each optimizer step's batches, step, log, evaluate if due, save if due."""
+
+import signal
+import sys
+import time
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+from tqdm import tqdm
+
+from checkpoint import save_checkpoint
+from groups import Group
+from metrics import Log, Metrics
+from models import DTYPES, Policy, save_policy
+from utils import UserError, nearest
+
+if TYPE_CHECKING:
+    from omegaconf import DictConfig
+    from transformers import PreTrainedTokenizerBase
+
+    from dataloader import DataLoader
+
+Batch = list[Group]
+
+
+class BasicTrainer:
+    """The training loop. A subclass says what a batch's loss is, by `get_batch_metrics`."""
+
+    def __init__(self, config: "DictConfig", policy: Policy, reference: Policy | None,
+                 tokenizer: "PreTrainedTokenizerBase", train_loader: "DataLoader | None", eval_loader: "DataLoader",
+                 run: Path, *, budget: int, share: bool = True) -> None:
+        """budget: padded tokens in a microbatch. share: whether completions of a prompt share a row."""
+        self.config, self.policy, self.reference, self.tokenizer = config, policy, reference, tokenizer
+        self.train_loader, self.eval_loader, self.run = train_loader, eval_loader, run
+        self.budget, self.share = budget, share
+        self.examples = self.updates = 0
+        self.evaluation: dict[str, float] = {}
+        self.interrupted = False
+
+    def get_batch_metrics(self, batch: Batch, mode: str) -> tuple[Tensor, Metrics | Mapping[str, Any]]:
+        """The mean loss of a batch, and metrics to log. mode: 'train' or 'eval'."""
+        raise NotImplementedError
+
+    def accumulate(self, batch: Batch, total: int) -> Metrics:
+        """Add the batch's gradient to the parameters': that of the sum of its losses over `total` examples."""
+        loss, metrics = self.get_batch_metrics(batch, "train")
+        (loss * (len(batch) / total)).backward()
+        return as_metrics(metrics)
+
+    def train(self) -> None:
+        assert self.train_loader is not None
+        self.prepare_optimizer()
+        with Interruptible(self), Progress("train", len(self.train_loader)) as bar:
+            self.log = Log(self.run, self.config, bar.write)
+            if self.config.do_first_eval:
+                self.evaluate()
+            for window in self.windows():
+                if self.interrupted:
+                    break
+                metrics = self.step(window)
+                self.log.step(metrics, self.counters())
+                bar.advance(sum(map(len, window)), metrics.means())
+                if self.evaluation_is_due(window):
+                    self.evaluate()
+                    self.save(keep=self.config.intermediate_checkpoints and not self.config.debug)
+                elif self.save_is_due():
+                    self.save()
+            if self.config.do_last_eval and self.examples != self.evaluated_at and not self.interrupted:
+                self.evaluate()
+            if self.updates:
+                self.save()
+            self.log.close()
+        if self.interrupted:
+            print(f"stopped after {self.examples:,} examples"
+                  + (f"; saved in {self.run / 'LATEST'}" if self.updates else "; nothing to save yet"), file=sys.stderr)
+            raise SystemExit(130)
+
+    def windows(self) -> Iterator[list[Batch]]:
+        """The batches of one optimizer step each: gradient_accumulation_steps of them, the last time fewer."""
+        assert self.train_loader is not None
+        window: list[Batch] = []
+        for batch in self.train_loader:
+            window.append(batch)
+            if len(window) == self.config.model.gradient_accumulation_steps:
+                yield window
+                window = []
+        if window:
+            yield window
+
+    def step(self, window: list[Batch]) -> Metrics:
+        """One optimizer step, on the mean of the losses of all the window's examples."""
+        start = time.perf_counter()
+        total = sum(map(len, window))
+        metrics = Metrics()
+        for batch in window:
+            metrics.merge(self.accumulate(batch, total))
+        norm = torch.nn.utils.clip_grad_norm_(self.parameters, self.config.model.max_grad_norm)
+        self.refuse_non_finite(metrics, norm)
+        metrics.add("lr", self.scheduler.get_last_lr()[0])
+        self.optimizer.step()
+        self.scheduler.step()
+        self.optimizer.zero_grad(set_to_none=True)
+        self.examples += total
+        self.updates += 1
+        seconds = time.perf_counter() - start
+        metrics.add("grad_norm", norm)
+        metrics.add("examples_per_second", total / seconds)
+        metrics.add("tokens_per_second", sum(len(group) for batch in window for group in batch) / seconds)
+        return metrics
+
+    def refuse_non_finite(self, metrics: Metrics, norm: Tensor) -> None:
+        """Stop before the step that would spoil the weights."""
+        loss = metrics.means()["loss/train"]
+        if not torch.isfinite(norm) or not abs(loss) < float("inf"):
+            raise UserError(f"step {self.updates + 1} (examples {self.examples + 1:,} and on): the loss is {loss}, the "
+                            f"gradient's norm {norm.item()}; no step was taken. A smaller lr may help (now "
+                            f"{self.config.lr}); the last good weights are in {self.run / 'LATEST'} if it was saved")
+
+    def evaluate(self) -> dict[str, float]:
+        """Means of the metrics over the held-out rows."""
+        metrics = Metrics()
+        with Progress("eval", len(self.eval_loader)) as bar:
+            for batch in self.eval_loader:
+                if self.interrupted:
+                    return self.evaluation
+                with torch.no_grad():
+                    metrics.merge(as_metrics(self.get_batch_metrics(batch, "eval")[1]))
+                bar.advance(len(batch), {})
+        self.evaluation, self.evaluated_at = metrics.means(), self.examples
+        if self.log is not None:
+            self.log.evaluation(self.evaluation, self.counters())
+        return self.evaluation
+
+    log: Log | None = None
+    evaluated_at = -1
+
+    def evaluation_is_due(self, window: list[Batch]) -> bool:
+        """Whether the window's examples crossed a multiple of eval_every."""
+        every = self.config.eval_every
+        return self.examples // every > (self.examples - sum(map(len, window))) // every
+
+    def save_is_due(self) -> bool:
+        return time.monotonic() - self.saved_at >= 60 * self.config.checkpoint_minutes
+
+    def save(self, keep: bool = False) -> None:
+        save_checkpoint(self.run, f"step-{self.examples}", lambda folder: save_policy(
+            self.policy, self.tokenizer, folder, self.examples, self.evaluation, DTYPES[self.config.export_dtype]),
+            keep=keep)
+        self.saved_at = time.monotonic()
+
+    def counters(self) -> dict[str, float]:
+        return {"counters/examples": self.examples, "counters/updates": self.updates}
+
+    def prepare_optimizer(self) -> None:
+        self.parameters = [p for p in self.policy.parameters() if p.requires_grad]
+        self.optimizer = find_optimizer(self.config.optimizer)(self.parameters, lr=self.config.lr)
+        warmup = self.config.warmup_steps
+        self.scheduler = torch.optim.lr_scheduler.LambdaLR(
+            self.optimizer, lambda step: min(1.0, (step + 1) / (warmup + 1)))
+        self.saved_at = time.monotonic()
+
+
+def find_optimizer(name: str) -> Callable[..., torch.optim.Optimizer]:
+    known = {key: value for key, value in vars(torch.optim).items()
+             if isinstance(value, type) and issubclass(value, torch.optim.Optimizer)}
+    if name not in known or name == "Optimizer":
+        raise UserError(f"optimizer: torch.optim has no {name!r} (have {', '.join(sorted(set(known) - {'Optimizer'}))})"
+                        f"{nearest(name, known)}")
+    return known[name]
+
+
+def as_metrics(values: Metrics | Mapping[str, Any]) -> Metrics:
+    if isinstance(values, Metrics):
+        return values
+    metrics = Metrics()
+    for name, value in values.items():
+        metrics.add(name, value)
+    return metrics
+
+
+class Interruptible:
+    """Context in which Ctrl-C asks the trainer to stop after its step; a second one stops at once."""
+
+    def __init__(self, trainer: BasicTrainer) -> None:
+        self.trainer = trainer
+
+    def __enter__(self) -> None:
+        self.before = signal.signal(signal.SIGINT, self.handle)
+
+    def handle(self, number: int, frame: object) -> None:
+        print("\nstopping after this step, and saving; Ctrl-C again to stop at once", file=sys.stderr)
+        self.trainer.interrupted = True
+        signal.signal(signal.SIGINT, self.before)
+
+    def __exit__(self, *error: object) -> None:
+        signal.signal(signal.SIGINT, self.before)
+
+
+class Progress:
+    """A bar of examples with its ETA; where nobody watches, a line every 15 seconds."""
+
+    def __init__(self, what: str, total: int) -> None:
+        self.watched = sys.stderr.isatty()
+        self.bar = tqdm(total=total, desc=what, unit="ex", dynamic_ncols=True, leave=what == "train",
+                        disable=not self.watched)
+        self.what, self.total, self.done, self.postfix = what, total, 0, ""
+        self.started = self.shown = time.monotonic()
+
+    def __enter__(self) -> "Progress":
+        return self
+
+    def write(self, line: str) -> None:
+        tqdm.write(line, file=sys.stderr)
+
+    def advance(self, examples: int, means: Mapping[str, float]) -> None:
+        self.done += examples
+        if "loss/train" in means:
+            self.bar.set_postfix_str(postfix := f"loss {means['loss/train']:.4g}", refresh=False)
+            self.postfix = postfix
+        self.bar.update(examples)
+        now = time.monotonic()
+        if not self.watched and now - self.shown >= 15:
+            self.shown = now
+            self.write(tqdm.format_meter(self.done, self.total, now - self.started, prefix=self.what, unit="ex", ncols=100,
+                                         postfix=self.postfix))
+
+    def __exit__(self, *error: object) -> None:
+        self.bar.close()

@@ -1,0 +1,247 @@
+"""The settings of a run: the command line that Hydra sees, and the one check up front.
+
+Hydra composes `config/`; around it stand three things that it does not do by itself: `--config-path` may name a file,
+any key may be set without a `+`, and a key that nobody reads is an error that names the nearest one.
+"""
+
+import os
+import re
+import sys
+from collections.abc import Callable, Iterator
+from functools import wraps
+from pathlib import Path
+from typing import Any
+
+from omegaconf import DictConfig, ListConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+
+from utils import REPOSITORY, UserError, nearest
+
+GROUPS = ("model", "loss")
+# What every loss's YAML may declare; those with ??? it must.
+LOSS = {"name": "???", "trainer": "???", "dataloader": "???", "use_reference_model": "???", "reward_head": False}
+MODES = ("train", "eval", "sample")
+QUIET = ("hydra.run.dir=.", "hydra.output_subdir=null", "hydra/job_logging=none", "hydra/hydra_logging=none")
+
+
+def prepare_arguments(arguments: list[str]) -> list[str]:
+    """The command line as Hydra is to see it.
+
+    `--config-path=RUN/config.yaml` (or RUN) becomes an absolute folder and a name; `config.KEY=` and `KEY=` become
+    `++KEY=`, so that an unknown key reaches `check`, which knows more about it than Hydra does.
+    """
+    prepared = []
+    pending = list(arguments)
+    while pending:
+        argument = pending.pop(0)
+        if argument in ("--config-path", "-cp") and pending:
+            argument = f"--config-path={pending.pop(0)}"
+        if argument.startswith("--config-path="):
+            prepared += _saved_config(argument.split("=", 1)[1])
+        elif match := re.match(r"^(\+{0,2})(?:config\.)?([A-Za-z_][\w.]*)=(.*)$", argument, re.DOTALL):
+            plus, key, value = match.groups()
+            group = key.split(".")[0] == "hydra" or (key in GROUPS and not plus)
+            prepared.append(argument if group else f"++{key}={value}")
+        else:
+            prepared.append(argument)
+    if {"--help", "-h"} & set(prepared):
+        chosen = {argument.split("=")[0] for argument in prepared}
+        prepared += [f"{group}={name}" for group, name in (("model", "base_model"), ("loss", "kto"))
+                     if group not in chosen]
+    return prepared
+
+
+def _saved_config(path: str) -> list[str]:
+    folder = Path(path).expanduser().absolute()
+    name = "config.yaml"
+    if folder.suffix in (".yaml", ".yml"):
+        folder, name = folder.parent, folder.name
+    if not (folder / name).is_file():
+        raise UserError(f"--config-path: no file {folder / name}; give the folder of a run, or its config.yaml")
+    return [f"--config-path={folder}", f"--config-name={Path(name).stem}", *QUIET]
+
+
+def entry_point(run: Callable[[DictConfig], None]) -> Callable[[], None]:
+    """Turn `run(config)` into a script's `main()`: Hydra around it, mistakes of the user printed in a line."""
+
+    @wraps(run)
+    def main() -> None:
+        import hydra
+
+        def checked(config: DictConfig) -> None:
+            with user_errors():
+                run(check(config))
+
+        with user_errors():
+            sys.argv[1:] = prepare_arguments(sys.argv[1:])
+            hydra.main(version_base="1.3", config_path=str(REPOSITORY / "config"), config_name="config")(checked)()
+
+    return main
+
+
+class user_errors:
+    """Context that prints a `UserError`, or a file that may not be written, and exits with 2; others pass."""
+
+    def __enter__(self) -> None:
+        pass
+
+    def __exit__(self, kind: object, error: BaseException | None, traceback: object) -> None:
+        full = os.environ.get("HYDRA_FULL_ERROR") == "1"
+        if isinstance(error, (UserError, PermissionError)) and not full:
+            print(f"error: {error}", file=sys.stderr)
+            raise SystemExit(2)
+
+
+def run_folder(config: DictConfig) -> Path:
+    """Where the run lives: the folder that --config-path named, else `local_run_dir`."""
+    from hydra.core.hydra_config import HydraConfig
+
+    for source in HydraConfig.get().runtime.config_sources if HydraConfig.initialized() else []:
+        if source.provider == "command-line" or (source.provider == "main" and source.path != str(REPOSITORY / "config")):
+            return Path(source.path)
+    return Path(config.local_run_dir)
+
+
+def schema(loss: str | None = None) -> DictConfig:
+    """Every key with its default: config.yaml, the base model, and the keys of `loss`, as plain files."""
+    base = OmegaConf.load(REPOSITORY / "config/config.yaml")
+    for key in ("defaults", "hydra"):
+        del base[key]
+    base.model = OmegaConf.load(REPOSITORY / "config/model/base_model.yaml")
+    file = REPOSITORY / f"config/loss/{loss}.yaml"
+    base.loss = OmegaConf.merge(LOSS, OmegaConf.load(file) if loss and file.is_file() else {})
+    return base
+
+
+def check(config: DictConfig) -> DictConfig:
+    """Fill in the defaults that are missing, refuse what no run could use, and resolve.
+
+    Errors: `UserError` naming the key, what was got, what is allowed.
+    """
+    defaults = schema(_loss_name(config))
+    written = _composed_without_overrides()
+    known = {key for source in (defaults, written) for key, _ in leaves(source)}
+    for key, _ in leaves(config):
+        # A key that holds a table in the schema (`wandb`) may not become a scalar, nor the other way round.
+        if key not in known:
+            raise UserError(f"{key}: no such setting{nearest(key, known)} (all of them: config/config.yaml, "
+                            "config/model/base_model.yaml, config/loss)")
+    obsolete = sorted({key for key, _ in leaves(written)} - {key for key, _ in leaves(defaults)}
+                      - {key for key, _ in leaves(written) if key.startswith(("loss.", "model."))})
+    if obsolete:
+        print(f"note: settings of another version, ignored: {', '.join(obsolete)}", file=sys.stderr)
+    try:
+        merged = OmegaConf.merge(defaults, config)
+    except OmegaConfBaseException as error:
+        raise UserError(f"config: {str(error).splitlines()[0]}") from None
+    assert isinstance(merged, DictConfig)
+    missing = [key for key, value in leaves(merged) if value == "???"]
+    if missing:
+        raise UserError(f"{missing[0]}: required, and not set; add {missing[0]}=… to the command")
+    try:
+        OmegaConf.resolve(merged)
+    except OmegaConfBaseException as error:
+        raise UserError(f"config: {str(error).splitlines()[0]}") from None
+    _check_values(merged, defaults)
+    return merged
+
+
+def _loss_name(config: DictConfig) -> str | None:
+    loss = OmegaConf.select(config, "loss.name")
+    return loss if isinstance(loss, str) else None
+
+
+def _composed_without_overrides() -> DictConfig:
+    """The chosen YAML files alone, as they stand on disk."""
+    from hydra import compose
+    from hydra.core.hydra_config import HydraConfig
+
+    if not HydraConfig.initialized():
+        return OmegaConf.create()
+    hydra = HydraConfig.get()
+    choices = [f"{group}={hydra.runtime.choices[group]}" for group in GROUPS if group in hydra.runtime.choices]
+    return compose(str(hydra.job.config_name), overrides=choices)
+
+
+def leaves(node: DictConfig, prefix: str = "") -> Iterator[tuple[str, Any]]:
+    """(dotted key, value as it is written) of every leaf; a list is a leaf, and so is an empty table."""
+    for key, value in OmegaConf.to_container(node, resolve=False).items() if not prefix else node.items():
+        name = f"{prefix}{key}"
+        if isinstance(value, (dict, DictConfig)) and value:
+            yield from leaves(value, f"{name}.")
+        else:
+            yield name, value
+
+
+def _check_values(config: DictConfig, defaults: DictConfig) -> None:
+    for key, default in leaves(defaults):
+        value = OmegaConf.select(config, key)
+        if isinstance(default, bool):
+            _require(isinstance(value, bool), key, value, "true or false")
+        elif isinstance(default, (int, float)) and value is not None:
+            number = isinstance(value, (int, float)) and not isinstance(value, bool)
+            _require(number, key, value, "a number")
+            if isinstance(default, int):
+                _require(value == int(value), key, value, "a whole number")
+    for key, (allowed, words) in RULES.items():
+        value = OmegaConf.select(config, key)
+        _require(allowed(value), key, value, words)
+    if isinstance(config.datasets, str):
+        config.datasets = [config.datasets]
+    _require(isinstance(config.datasets, ListConfig) and len(config.datasets) > 0, "datasets", config.datasets,
+             "a list of names or files, as in datasets=[shp,hh]")
+    if config.mode == "train" and config.eval_every < config.model.batch_size:
+        raise UserError(f"eval_every: {config.eval_every} examples are fewer than a batch (model.batch_size "
+                        f"{config.model.batch_size}); an evaluation falls between batches")
+
+
+def _require(condition: bool, key: str, value: object, allowed: str) -> None:
+    if not condition:
+        raise UserError(f"{key}: got {value!r}, allowed is {allowed}")
+
+
+def _number(value: object) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool)
+
+
+def _at_least(least: float, *, optional: bool = False, whole: bool = True) -> tuple[Callable[[Any], bool], str]:
+    words = f"{'a whole number' if whole else 'a number'} of at least {least}{', or null' if optional else ''}"
+    return (lambda v: (v is None and optional) or (_number(v) and v >= least and (not whole or v == int(v)))), words
+
+
+def _fraction(value: object) -> bool:
+    return _number(value) and 0 < value <= 1  # pyright: ignore[reportOperatorIssue]: _number has checked it
+
+
+def _one_of(*names: object) -> tuple[Callable[[Any], bool], str]:
+    return (lambda value: value in names), "one of " + ", ".join(str(name) for name in names)
+
+
+RULES: dict[str, tuple[Callable[[Any], bool], str]] = {
+    "exp_name": (lambda v: isinstance(v, (str, int)) and bool(re.fullmatch(r"[\w.+=-]+", str(v))),
+                 "a name of letters, digits and . _ + = - (it becomes a folder)"),
+    "mode": _one_of(*MODES),
+    "export_dtype": _one_of("float32", "bfloat16"),
+    "lr": ((lambda v: _number(v) and v > 0), "a number above 0"),
+    "n_epochs": _at_least(1, optional=True),
+    "n_examples": _at_least(1, optional=True),
+    "n_samples": _at_least(1, optional=True),
+    "n_eval_examples": _at_least(1, optional=True),
+    "warmup_steps": _at_least(0),
+    "eval_every": _at_least(1),
+    "checkpoint_minutes": _at_least(0, whole=False),
+    "minimum_log_interval_secs": _at_least(0, whole=False),
+    "top_p": (_fraction, "a number above 0, at most 1"),
+    "frac_unique_desirable": (_fraction, "a share above 0, at most 1"),
+    "frac_unique_undesirable": (_fraction, "a share above 0, at most 1"),
+    "model.max_length": _at_least(2),
+    "model.max_prompt_length": _at_least(1),
+    "model.batch_size": _at_least(1),
+    "model.eval_batch_size": _at_least(1),
+    "model.gradient_accumulation_steps": _at_least(1),
+    "model.max_grad_norm": ((lambda v: _number(v) and v > 0), "a number above 0"),
+    "model.policy_dtype": _one_of("float32", "bfloat16", "float16"),
+    "model.reference_dtype": _one_of("float32", "bfloat16", "float16"),
+    "model.trainable": _one_of("all", "head"),
+    "model.tokens_per_microbatch": ((lambda v: v == "auto" or (_number(v) and v >= 1)), "auto, or a number of tokens"),
+}

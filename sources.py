@@ -1,0 +1,146 @@
+"""Rows of a data set, from the Hub or from files, with the place of each for the message about a broken one.
+
+A file is JSON (a list of rows), JSON Lines, either of them gzipped, or Parquet. A folder holds one per split,
+`train.*` and `test.*`. Reading draws on no random state.
+"""
+
+import gzip
+import hashlib
+import json
+import sys
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from typing import Any
+
+from utils import UserError
+
+Row = dict[str, Any]
+ENDINGS = (".json", ".jsonl", ".json.gz", ".jsonl.gz", ".parquet")
+SPLIT_FILES = {"train": ("train",), "test": ("test", "validation", "eval")}
+HELD_OUT = 0.1  # share of the prompts of a file without splits that the test split gets
+
+
+def is_path(name: str) -> bool:
+    """Whether `name` means a file or a folder, not a function of dataloader.py nor a set on the Hub."""
+    return name.endswith(ENDINGS) or name.startswith(("/", "./", "../", "~")) or Path(name).is_dir()
+
+
+def read_rows(source: str, split: str, *, data_dir: str | None = None) -> Iterator[tuple[str, Row]]:
+    """(place, row) for every row of `split` ('train' or 'test'): of a file or folder here, else of the Hub.
+
+    place: `file:line`, for messages. Errors: `UserError` for a source that cannot be had or read.
+    """
+    path = Path(source).expanduser()
+    if not is_path(source):
+        yield from _hub_rows(source, split, data_dir)
+    elif path.is_dir():
+        yield from _file_rows(_split_file(path, split))
+    elif path.is_file():
+        yield from _rows_of_split(path, list(_file_rows(path)), split)
+    else:
+        raise UserError(f"datasets: no file or folder {path}")
+
+
+def _hub_rows(name: str, split: str, data_dir: str | None) -> Iterator[tuple[str, Row]]:
+    import datasets
+
+    try:
+        rows = datasets.load_dataset(name, split=split, data_dir=data_dir)
+    except Exception as error:  # the library raises a dozen kinds; each means that these rows cannot be had
+        raise UserError(f"datasets: {name} cannot be loaded from the Hub ({type(error).__name__}: "
+                        f"{str(error).splitlines()[0] if str(error) else ''}); for a copy on disk write "
+                        "NAME:PATH, as in datasets=[hh:data/hh.jsonl.gz]") from None
+    for number, row in enumerate(rows):
+        yield f"{name}[{split}] row {number}", dict(row)
+
+
+def _split_file(folder: Path, split: str) -> Path:
+    for stem in SPLIT_FILES[split]:
+        for ending in ENDINGS:
+            if (folder / (stem + ending)).is_file():
+                return folder / (stem + ending)
+    raise UserError(f"datasets: {folder} has no {split} split; it needs {' or '.join(SPLIT_FILES[split])} with one of "
+                    f"{', '.join(ENDINGS)}")
+
+
+def _file_rows(path: Path) -> Iterator[tuple[str, Row]]:
+    if not path.name.endswith(ENDINGS):
+        raise UserError(f"datasets: {path} is no {', '.join(ENDINGS)} file")
+    number = -1
+    for number, (place, row) in enumerate(_parquet(path) if path.suffix == ".parquet" else _json(path)):
+        if not isinstance(row, dict):
+            raise UserError(f"{place}: a row must be an object, got {type(row).__name__}")
+        yield place, row
+    if number < 0:
+        raise UserError(f"datasets: {path} is empty")
+
+
+def _parquet(path: Path) -> Iterator[tuple[str, Row]]:
+    import pyarrow
+    import pyarrow.parquet
+
+    number = 0
+    try:
+        for batch in pyarrow.parquet.ParquetFile(path).iter_batches():
+            for row in batch.to_pylist():
+                number += 1
+                yield f"{path}:{number}", row
+    except (pyarrow.ArrowException, OSError) as error:
+        raise UserError(f"datasets: {path} is no readable Parquet file ({str(error).splitlines()[0]})") from None
+
+
+def _json(path: Path) -> Iterator[tuple[str, Row]]:
+    try:
+        if path.name.endswith((".json", ".json.gz")) and (text := _open(path).read()).lstrip().startswith("["):
+            yield from ((f"{path} row {number}", row) for number, row in enumerate(json.loads(text), 1))
+            return
+        for number, line in enumerate(_open(path), 1):
+            if line.strip():
+                try:
+                    row = json.loads(line)
+                except json.JSONDecodeError as error:
+                    raise UserError(f"{path}:{number}: no valid JSON ({error.msg} at column {error.colno}); "
+                                    "a line holds one row") from None
+                yield f"{path}:{number}", row
+    except json.JSONDecodeError as error:
+        raise UserError(f"{path}:{error.lineno}: no valid JSON ({error.msg} at column {error.colno})") from None
+    except (gzip.BadGzipFile, EOFError, UnicodeDecodeError) as error:
+        raise UserError(f"datasets: {path} cannot be read ({error})") from None
+
+
+def _open(path: Path) -> Any:
+    return gzip.open(path, "rt", encoding="utf-8") if path.suffix == ".gz" else path.open(encoding="utf-8")
+
+
+def _rows_of_split(path: Path, rows: list[tuple[str, Row]], split: str) -> Iterable[tuple[str, Row]]:
+    """A `split` column decides; without one a tenth of the prompts, by their hash, is the test split."""
+    if any("split" in row for _, row in rows):
+        chosen = [(place, row) for place, row in rows if _split_of(place, row) == split]
+        if not chosen:
+            raise UserError(f"datasets: {path} has no row whose split is {split!r}")
+        return chosen
+    chosen = [(place, row) for place, row in rows if _is_held_out(row) == (split == "test")]
+    print(f"note: {path} has no split column: {len(chosen):,} of {len(rows):,} rows are its {split} split "
+          f"({HELD_OUT:.0%} of the prompts, by hash, are held out)", file=sys.stderr)
+    return chosen
+
+
+def _split_of(place: str, row: Row) -> str:
+    name = row.get("split")
+    for split, spellings in SPLIT_FILES.items():
+        if isinstance(name, str) and name.split("_")[0] in spellings:
+            return split
+    raise UserError(f"{place}: split is {name!r}, allowed are {', '.join(sum(SPLIT_FILES.values(), ()))}")
+
+
+def _is_held_out(row: Row) -> bool:
+    """By the text of the prompt, so that rows of one prompt stay together and order does not matter."""
+    prompt = row.get("prompt")
+    if prompt is None:
+        turns = row.get("messages", row.get("chosen"))
+        if isinstance(turns, list):
+            prompt = turns[:-1]
+        else:  # a transcript: all but the last reply
+            prompt = str(turns).rpartition("\n\nAssistant:")[0] or turns
+    digest = hashlib.sha256(json.dumps(prompt, sort_keys=True, default=str).encode()).digest()
+    return int.from_bytes(digest[:8], "big") < HELD_OUT * 2**64

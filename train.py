@@ -1,0 +1,70 @@
+"""Align a model: `python train.py loss=kto model=llama7b datasets=[shp,hh,oasst] exp_name=my_run`."""
+
+import os
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from settings import entry_point
+from utils import UserError, write_atomically
+
+if TYPE_CHECKING:
+    from omegaconf import DictConfig
+
+
+def run(config: "DictConfig") -> None:
+    """Everything that can be wrong is looked at before the model is read: settings, data, folders, in this order."""
+    if config.mode != "train":
+        raise UserError(f"mode: train.py has mode=train, got {config.mode!r}; for a run that is trained use eval.py "
+                        "--config-path=RUN/config.yaml")
+    folder = Path(config.local_run_dir).expanduser()
+    config.saved_policy = config.saved_policy or str(folder / "LATEST/policy.pt")
+    require_writable(folder)
+
+    import models
+    from dataloader import make_loader
+    from loop import find_optimizer
+    from trainers import find_trainer
+
+    trainer_class = find_trainer(config.loss.trainer)
+    with_KL = trainer_class.needs_KL()
+    find_optimizer(config.optimizer)
+    models.load_from(config)
+    tokenizer = models.load_tokenizer(config)
+    train_loader = make_loader(config, tokenizer, "train", with_KL=with_KL)
+    eval_loader = make_loader(config, tokenizer, "test", with_KL=with_KL)
+
+    policy = models.load_policy(config)
+    share = bool(config.model.share_prompts) and models.shares_prompts(policy)
+    reference = models.make_reference(config, policy)
+    trainer = trainer_class(config, policy, reference, tokenizer, train_loader, eval_loader, folder,
+                            budget=models.token_budget(config), share=share)
+    prepare_folder(config, tokenizer, folder)
+    print(f"{config.exp_name}: {config.loss.name} on {', '.join(config.datasets)}: {len(train_loader):,} training and "
+          f"{len(eval_loader):,} held-out examples, on {policy.device} in {str(policy.dtype).removeprefix('torch.')}; "
+          f"writes {folder}", file=sys.stderr)
+    trainer.train()
+
+
+def require_writable(folder: Path) -> None:
+    """Errors: `UserError` where the run's folder cannot be made."""
+    existing = next(parent for parent in (folder, *folder.absolute().parents) if parent.exists())
+    if not existing.is_dir() or not os.access(existing, os.W_OK):
+        raise UserError(f"cache_dir: the run writes to {folder}, and {existing} is not a folder that may be written to")
+
+
+def prepare_folder(config: "DictConfig", tokenizer: object, folder: Path) -> None:
+    """`config.yaml`, resolved, and the tokenizer: what an evaluation needs beside the weights."""
+    from omegaconf import OmegaConf
+    from transformers import PreTrainedTokenizerBase
+
+    assert isinstance(tokenizer, PreTrainedTokenizerBase)
+    folder.mkdir(parents=True, exist_ok=True)
+    write_atomically(folder / "config.yaml", lambda file: file.write(OmegaConf.to_yaml(config).encode()))
+    tokenizer.save_pretrained(folder)
+
+
+main = entry_point(run)
+
+if __name__ == "__main__":
+    main()
