@@ -55,7 +55,7 @@ class Policy(nn.Module):
         token_logps: (S,), log-probability of each scored id in nats. scores: (C,), the scalar head at the last id.
         """
         rows = rows.to(self.device)
-        with self._autocast():
+        with self.computing():
             with torch.set_grad_enabled(torch.is_grad_enabled() and self.train_body):
                 hidden = self.lm.base_model(
                     input_ids=rows.input_ids, position_ids=rows.position_ids, use_cache=False,
@@ -68,7 +68,8 @@ class Policy(nn.Module):
             outputs["scores"] = self.reward_head(hidden[rows.ends].to(self.reward_head.weight.dtype))[:, 0]
         return outputs
 
-    def _autocast(self) -> contextlib.AbstractContextManager[Any]:
+    def computing(self) -> contextlib.AbstractContextManager[Any]:
+        """Context in which the model computes in `dtype`, whatever its weights are stored in."""
         if self.dtype == next(self.parameters()).dtype:
             return contextlib.nullcontext()
         return torch.autocast(self.device.type, self.dtype)
@@ -150,7 +151,7 @@ def load_tokenizer(config: "DictConfig", run: Path | None = None) -> "PreTrained
     try:
         tokenizer = transformers.AutoTokenizer.from_pretrained(name)
     except (OSError, ValueError) as error:
-        raise UserError(f"model.tokenizer_name_or_path: no tokenizer at {name}: {_first_line(error)}") from None
+        raise UserError(f"model.tokenizer_name_or_path: no tokenizer at {name}: {first_line(error)}") from None
     if tokenizer.eos_token_id is None:
         raise UserError(f"model.tokenizer_name_or_path: the tokenizer of {name} has no EOS token, which ends every "
                         "completion; give another tokenizer")
@@ -205,12 +206,14 @@ def without_dropout(settings: "PretrainedConfig") -> "PretrainedConfig":
     return settings
 
 
-def load_policy(config: "DictConfig", weights: Path | None = None) -> Policy:
-    """The policy, ready to train: the base model, `model.load_from` over it, or `weights` instead of that."""
+def load_policy(config: "DictConfig", weights: Path | None = None, *, aligned: bool = True) -> Policy:
+    """The policy, ready to train: the base model with `weights`, or else those of `model.load_from`, over it.
+
+    aligned: False takes the base model as it is.
+    """
     loss = config.loss
     lm = load_lm(config)
-    source = weights or load_from(config)
-    found = None
+    source = weights or load_from(config) if aligned else None
     if source is not None:
         found = read_weights(source)
         fit_embeddings(lm, found["state"])

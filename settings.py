@@ -92,14 +92,22 @@ class user_errors:
             raise SystemExit(2)
 
 
+def overridden(key: str) -> bool:
+    """Whether the command line sets this key."""
+    from hydra.core.hydra_config import HydraConfig
+
+    return HydraConfig.initialized() and any(re.match(rf"\+*{re.escape(key)}=", override)
+                                             for override in HydraConfig.get().overrides.task)
+
+
 def run_folder(config: DictConfig) -> Path:
     """Where the run lives: the folder that --config-path named, else `local_run_dir`."""
     from hydra.core.hydra_config import HydraConfig
 
     for source in HydraConfig.get().runtime.config_sources if HydraConfig.initialized() else []:
-        if source.provider == "command-line" or (source.provider == "main" and source.path != str(REPOSITORY / "config")):
+        if source.provider == "main" and Path(source.path) != REPOSITORY / "config":
             return Path(source.path)
-    return Path(config.local_run_dir)
+    return Path(config.local_run_dir).expanduser()
 
 
 def schema(loss: str | None = None) -> DictConfig:

@@ -1,0 +1,135 @@
+"""Sample from a run, or evaluate it: `python eval.py --config-path=RUN/config.yaml ++mode=sample ++n_samples=512`.
+
+Without a run: `python eval.py model=NAME loss=sft datasets=[demo] exp_name=base ++mode=sample ++saved_policy=null`.
+"""
+
+import json
+import sys
+from datetime import datetime
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from settings import entry_point, overridden, run_folder
+from utils import UserError, write_json
+
+if TYPE_CHECKING:
+    from omegaconf import DictConfig
+    from transformers import PreTrainedTokenizerBase
+
+    from dataloader import Example
+
+
+def run(config: "DictConfig") -> None:
+    if config.mode == "sample":
+        sample(config)
+    elif config.mode == "eval":
+        evaluate(config)
+    else:
+        raise UserError(f"mode: eval.py has sample and eval, got {config.mode!r}; add ++mode=sample")
+
+
+def weights_of(config: "DictConfig") -> Path | None:
+    """The policy to evaluate; None is the model as it was before any training, which an explicit null asks for.
+
+    A run that was moved is read where --config-path found it.
+    """
+    folder = run_folder(config)
+    here = folder / "LATEST/policy.pt"
+    if overridden("saved_policy"):
+        return None if config.saved_policy is None else Path(config.saved_policy).expanduser()
+    if here.exists():
+        return here
+    if config.saved_policy is not None:
+        return Path(config.saved_policy).expanduser()
+    raise UserError(f"saved_policy: no {here}; train the run first, name a checkpoint by ++saved_policy=PATH, or take "
+                    "the unaligned model by ++saved_policy=null")
+
+
+def sample(config: "DictConfig") -> None:
+    """Write `{samples_dir}/{exp_name}.json`: held-out prompts, the answer to imitate, and the policy's own."""
+    from omegaconf import OmegaConf
+    from tqdm import tqdm
+
+    import models
+    import sampling
+    from dataloader import load_datasets
+
+    weights = weights_of(config)
+    examples = pick(list(load_datasets(config, "test").values()), config.n_samples, config.seed)
+    tokenizer = models.load_tokenizer(config, run_folder(config))
+    policy = models.load_policy(config, weights, aligned=weights is not None).eval()
+    prompts = prompt_ids(examples, tokenizer, config)
+    with tqdm(total=len(prompts), desc="sample", unit="prompt", disable=None) as bar:
+        answers = sampling.sample(policy, tokenizer, prompts, max_length=config.model.max_length, top_p=config.top_p,
+                                  seed=config.seed, stop=config.human_prefix.rstrip(),
+                                  batch_size=config.model.eval_batch_size, advance=bar.update)
+    file = Path(config.samples_dir).expanduser() / f"{config.exp_name}.json"
+    suffix = config.assistant_suffix
+    write_json(file, {
+        "sampled_at": datetime.now().astimezone().isoformat(timespec="seconds"),
+        "config": OmegaConf.to_container(config),
+        "samples": [{"prompt": example.prompt, "chosen": target(example).removesuffix(suffix),
+                     "policy": answer.removesuffix(suffix)}
+                    for example, answer in zip(examples, answers, strict=True)]})
+    print(f"wrote {len(answers):,} samples to {file}", file=sys.stderr)
+
+
+def pick(examples: "list[Example]", n: int | None, seed: int) -> "list[Example]":
+    """n of the examples (all of them, if there are fewer or n is None), the same whatever the model is."""
+    import random
+
+    chosen = list(examples)
+    random.Random(f"{seed}/samples").shuffle(chosen)
+    if n is not None and n > len(chosen):
+        print(f"note: n_samples={n:,}, but there are {len(chosen):,} held-out prompts", file=sys.stderr)
+    return chosen[:n]
+
+
+def target(example: "Example") -> str:
+    """The answer to imitate; empty where the data has none but bad ones."""
+    index = example.sft_target()
+    return "" if index is None else example.generations[index]
+
+
+def prompt_ids(examples: "list[Example]", tokenizer: "PreTrainedTokenizerBase",
+               config: "DictConfig") -> list[list[int]]:
+    """Each prompt's ids, cut to max_prompt_length (by ids) at the end that its data set says."""
+    from groups import cut_prompt, encode, starts_with_bos
+
+    limit = min(config.model.max_prompt_length, config.model.max_length - 1)
+    encoded = encode(tokenizer, [example.prompt for example in examples], [""] * len(examples))
+    return [cut_prompt(prompt, config.model.max_length, config.model.max_length, limit, example.truncation_mode,
+                       head=int(starts_with_bos(tokenizer)))
+            for example, (prompt, _) in zip(examples, encoded, strict=True)]
+
+
+def evaluate(config: "DictConfig") -> None:
+    """Print the held-out metrics as JSON, and keep them in the run's folder."""
+    import models
+    from dataloader import make_loader
+    from trainers import find_trainer
+
+    weights = weights_of(config)
+    trainer_class = find_trainer(config.loss.trainer)
+    folder = run_folder(config)
+    tokenizer = models.load_tokenizer(config, folder)
+    loader = make_loader(config, tokenizer, "test", with_KL=trainer_class.needs_KL())
+    policy = models.load_policy(config, weights, aligned=weights is not None).eval()
+    reference = models.make_reference(config, models.load_policy(config)) if config.loss.use_reference_model else None
+    share = bool(config.model.share_prompts) and models.shares_prompts(policy)
+    trainer = trainer_class(config, policy, reference, tokenizer, None, loader, folder,
+                            budget=models.token_budget(config), share=share)
+    report = {"metadata": {"exp_name": config.exp_name, "datasets": list(config.datasets), "split": "test",
+                           "examples": len(loader), "policy": str(weights or config.model.name_or_path),
+                           "reference": str(models.load_from(config) or config.model.name_or_path)
+                           if reference is not None else None,
+                           "evaluated_at": datetime.now().astimezone().isoformat(timespec="seconds")},
+              "results": trainer.evaluate()}
+    print(json.dumps(report, indent=2))
+    write_json(folder / "eval.json", report)
+
+
+main = entry_point(run)
+
+if __name__ == "__main__":
+    main()
