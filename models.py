@@ -40,9 +40,12 @@ class Policy(nn.Module):
         self.dtype = dtype or next(lm.parameters()).dtype
         self.train_body = train_body
         self.window: int | None = getattr(lm.config, "sliding_window", None)
-        self.reward_head = nn.Linear(lm.config.hidden_size, 1, bias=False) if reward_head else None
-        if self.reward_head is not None:
+        self.reward_head = None
+        if reward_head:
+            kept = torch.promote_types(next(lm.parameters()).dtype, torch.float32)
+            self.reward_head = nn.Linear(lm.config.hidden_size, 1, bias=False, dtype=kept)
             nn.init.zeros_(self.reward_head.weight)  # every reward starts at 0: no draw, no seed
+        self.remembered: dict[bytes, Tensor] = {}  # what a frozen body gave for a completion
         lm.requires_grad_(train_body)
 
     @property
@@ -54,19 +57,34 @@ class Policy(nn.Module):
 
         token_logps: (S,), log-probability of each scored id in nats. scores: (C,), the scalar head at the last id.
         """
-        rows = rows.to(self.device)
-        with self.computing():
-            with torch.set_grad_enabled(torch.is_grad_enabled() and self.train_body):
-                hidden = self.lm.base_model(
-                    input_ids=rows.input_ids, position_ids=rows.position_ids, use_cache=False,
-                    attention_mask=rows.attention_mask(self.dtype)).last_hidden_state.flatten(0, 1)
-            outputs = {}
-            if "token_logps" in wanted:
-                outputs["token_logps"] = token_logps(hidden[rows.predictors], self.head, rows.targets)
+        outputs = {}
+        hidden = self.hidden(rows) if "token_logps" in wanted else None
+        if hidden is not None:
+            with self.computing():
+                outputs["token_logps"] = token_logps(hidden[rows.predictors.to(self.device)], self.head,
+                                                     rows.targets.to(self.device))
         if "scores" in wanted:
             assert self.reward_head is not None, "scores need a reward head"
-            outputs["scores"] = self.reward_head(hidden[rows.ends].to(self.reward_head.weight.dtype))[:, 0]
+            outputs["scores"] = self.reward_head(self.last_hidden(rows, hidden))[:, 0]
         return outputs
+
+    def hidden(self, rows: Rows) -> Tensor:
+        """(R * T, h): the last hidden state at every id."""
+        rows = rows.to(self.device)
+        with self.computing(), torch.set_grad_enabled(torch.is_grad_enabled() and self.train_body):
+            return self.lm.base_model(input_ids=rows.input_ids, position_ids=rows.position_ids, use_cache=False,
+                                      attention_mask=rows.attention_mask(self.dtype)).last_hidden_state.flatten(0, 1)
+
+    def last_hidden(self, rows: Rows, hidden: Tensor | None) -> Tensor:
+        """(C, h): the hidden state at each completion's last id, in float32 at least. A frozen body computes it once."""
+        keys = [] if self.train_body else rows.keys()
+        if not keys or any(key not in self.remembered for key in keys):
+            hidden = self.hidden(rows) if hidden is None else hidden
+            ends = hidden[rows.ends.to(self.device)]
+            ends = ends.to(torch.promote_types(ends.dtype, torch.float32))
+            self.remembered.update(zip(keys, ends, strict=False))
+            return ends
+        return torch.stack([self.remembered[key] for key in keys])
 
     def computing(self) -> contextlib.AbstractContextManager[Any]:
         """Context in which the model computes in `dtype`, whatever its weights are stored in."""

@@ -4,6 +4,7 @@ A row is `P, c1, c2, …`: a prompt once, and completions that each continue its
 alone. Rows of about equal length share a microbatch under a budget of tokens, so that little padding is computed.
 """
 
+from array import array
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
@@ -30,6 +31,11 @@ class Rows:
     ends: Tensor  # (C,): where in R * T a completion's last id stands
     lengths: list[int]  # (C): scored ids of each completion
     items: list[tuple[int, str]]  # (C): which completion it is: number of the group, role
+    texts: list[tuple[Ids, Ids]]  # (C): its prompt's ids and its own
+
+    def keys(self) -> list[bytes]:
+        """(C): what a completion is and what it follows, and so what any output for it depends on."""
+        return [array("i", prompt).tobytes() + b"|" + array("i", ids).tobytes() for prompt, ids in self.texts]
 
     def to(self, device: torch.device) -> "Rows":
         moved = {name: value.to(device, non_blocking=True) for name, value in vars(self).items()
@@ -117,7 +123,8 @@ def pack(lines: Sequence[_Line]) -> Rows:
     return Rows(input_ids, positions if shared else None, segments if shared else None, torch.tensor(predictors),
                 torch.tensor([i for line in lines for completion in line.completions for i in completion]),
                 torch.tensor(ends), [len(ids) for line in lines for ids in line.completions],
-                [item for line in lines for item in line.items])
+                [item for line in lines for item in line.items],
+                [(line.prompt, ids) for line in lines for ids in line.completions])
 
 
 def token_logps(hidden: Tensor, head: "torch.nn.Module", targets: Tensor) -> Tensor:
