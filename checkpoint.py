@@ -114,15 +114,15 @@ def read_states(file: Path) -> dict[str, Any]:
     return content
 
 
-def load_state(module: nn.Module, state: Mapping[str, Tensor], source: object) -> None:
-    """Copy `state` into the module; names and shapes must be the module's own."""
+def load_state(module: nn.Module, state: Mapping[str, Tensor], source: object, *, assign: bool = False) -> None:
+    """Copy `state` into the module, or `assign` its tensors to it; names and shapes must be the module's own."""
     own = module.state_dict()
     given = {name: tensor for name, tensor in state.items() if name in own or not COMPUTED.search(name)}
     problems = list(_differences(own, given))
     if problems:
         raise UserError(f"{source}: made for another model: " + "; ".join(problems[:3])
                         + (f"; and {len(problems) - 3} more" if len(problems) > 3 else ""))
-    module.load_state_dict(given)
+    module.load_state_dict(given, assign=assign)
 
 
 def _differences(own: Mapping[str, Tensor], given: Mapping[str, Tensor]) -> Iterator[str]:

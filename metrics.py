@@ -88,7 +88,7 @@ class Log:
     def close(self) -> None:
         self.flush()
         if self.wandb is not None:
-            self.wandb.finish(quiet=True)
+            self.wandb.finish()
 
     def _append(self, name: str, line: Mapping[str, float]) -> None:
         with (self.run / name).open("a") as file:
@@ -117,7 +117,7 @@ def start_wandb(run: Path, config: "DictConfig") -> Any:
 
     os.environ.setdefault("WANDB_SILENT", "true")
     logged_in = "WANDB_API_KEY" in os.environ or _netrc_knows_wandb()
-    for mode in (["online"] if logged_in else []) + ["offline"]:
+    for mode in dict.fromkeys([os.environ.get("WANDB_MODE", "online" if logged_in else "offline"), "offline"]):
         try:
             return wandb.init(project=config.wandb.project, entity=config.wandb.entity, name=config.exp_name,
                               dir=run, mode=mode, config=OmegaConf.to_container(config),

@@ -371,10 +371,10 @@ def as_classifier(policy: Policy) -> "PreTrainedModel":
     settings.pad_token_id = settings.pad_token_id if settings.pad_token_id is not None else settings.eos_token_id
     with torch.device("meta"):
         classifier = transformers.AutoModelForSequenceClassification.from_config(settings)
-    classifier.base_model.to_empty(device="cpu")
     state = {f"{classifier.base_model_prefix}.{name}": tensor for name, tensor in
              policy.lm.base_model.state_dict().items()}
-    load_state(classifier, {**state, "score.weight": policy.reward_head.weight}, "the reward model")
+    load_state(classifier, {**state, "score.weight": policy.reward_head.weight}, "the reward model",
+               assign=True)
     return classifier
 
 
