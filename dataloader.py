@@ -14,8 +14,8 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from sources import is_path, read_rows
 from groups import Group, cut_prompt, encode, starts_with_bos, with_mismatched
+from sources import is_path, read_rows
 from utils import REPOSITORY, UserError, nearest
 
 if TYPE_CHECKING:
@@ -250,7 +250,8 @@ def _messages(value: Any, place: str) -> Messages:
     if isinstance(value, str):
         return [{"role": "user", "content": value}]
     if not isinstance(value, list) or not all(
-            isinstance(m, dict) and isinstance(m.get("role"), str) and isinstance(m.get("content"), str) for m in value):
+            isinstance(turn, dict) and isinstance(turn.get("role"), str) and isinstance(turn.get("content"), str)
+            for turn in value):
         raise UserError(f"{place}: got {str(value)[:60]!r}, where text or a list of {{role, content}} is needed")
     return value
 
@@ -263,7 +264,7 @@ def _label(value: Any, place: str) -> bool:
 
 def load_dataset(name: str, split: str, markers: Markers) -> Dataset:
     """The data set called `name`: a `get_name` function here, a file or folder, or `name:path` for both."""
-    getters: dict[str, Callable[..., Dataset]] = {
+    getters: dict[str, Callable[..., Any]] = {
         key.removeprefix("get_"): value for key, value in globals().items()
         if key.startswith("get_") and callable(value) and key != "get_file"}
     base, _, path = name.partition(":")
@@ -403,7 +404,7 @@ class DataLoader:
         """The row's ids, cut to the limits. The prompt is cut once, if any of the row's own completions demands it."""
         model, example = self.config.model, self.examples[row.number]
         completions = {role: self._completions[row.number, index] for role, index in row.roles.items()}
-        control = [self.tokenizer.convert_tokens_to_ids(row.control)] if row.control else []
+        control: list[Any] = [self.tokenizer.convert_tokens_to_ids(row.control)] if row.control else []
         prompt = cut_prompt(self._prompts[row.number] + control, max(map(len, completions.values())),
                             model.max_length, model.max_prompt_length, example.truncation_mode,
                             head=self._bos, tail=len(control))

@@ -7,7 +7,7 @@ crosses the boundary, they are the completion's own. Nothing is decoded and enco
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -48,13 +48,14 @@ def encode(tokenizer: "PreTrainedTokenizerBase", prompts: Sequence[str],
     own_ids = dict[int, list[int]]()
     crossing = [i for i, joint in enumerate(joint_ids) if joint[:len(prompt_ids[prompts[i]])] != prompt_ids[prompts[i]]]
     own_ids.update(zip(crossing, plain_ids(tokenizer, [completions[i] for i in crossing]), strict=True))
+    eos: Any = tokenizer.eos_token_id
     encoded = []
     for i, joint in enumerate(joint_ids):
         prompt = prompt_ids[prompts[i]]
         completion = own_ids[i] if i in own_ids else joint[len(prompt):]
         if bos and prompt[:1] == bos:  # the text brought its own
             prompt = prompt[1:]
-        encoded.append((bos + prompt, end_once(completion, tokenizer.eos_token_id)))
+        encoded.append((bos + prompt, end_once(completion, eos)))
     return encoded
 
 

@@ -40,6 +40,11 @@ class BasicTrainer:
         self.evaluation: dict[str, float] = {}
         self.interrupted = False
 
+    @classmethod
+    def needs_KL(cls) -> bool:
+        """Whether batches are to bring mismatched completions, under the role KL."""
+        return False
+
     def get_batch_metrics(self, batch: Batch, mode: str) -> tuple[Tensor, Metrics | Mapping[str, Any]]:
         """The mean loss of a batch, and metrics to log. mode: 'train' or 'eval'."""
         raise NotImplementedError
@@ -224,8 +229,8 @@ class Progress:
         now = time.monotonic()
         if not self.watched and now - self.shown >= 15:
             self.shown = now
-            self.write(tqdm.format_meter(self.done, self.total, now - self.started, prefix=self.what, unit="ex", ncols=100,
-                                         postfix=self.postfix))
+            self.write(tqdm.format_meter(self.done, self.total, now - self.started, prefix=self.what, unit="ex",
+                                         ncols=100, postfix=self.postfix))
 
     def __exit__(self, *error: object) -> None:
         self.bar.close()

@@ -105,7 +105,7 @@ class Log:
 
 
 def start_wandb(run: Path, config: "DictConfig") -> Any:
-    """A wandb run, or None. It never asks and never waits: without a login it records offline, into the run's folder."""
+    """A wandb run, or None. It never asks and never waits: without a login it records offline."""
     if not config.wandb.enabled or config.debug:
         return None
     try:
@@ -117,12 +117,14 @@ def start_wandb(run: Path, config: "DictConfig") -> Any:
 
     os.environ.setdefault("WANDB_SILENT", "true")
     logged_in = "WANDB_API_KEY" in os.environ or _netrc_knows_wandb()
+    settings: Any = OmegaConf.to_container(config)
+    mode: Any
     for mode in dict.fromkeys([os.environ.get("WANDB_MODE", "online" if logged_in else "offline"), "offline"]):
         try:
             return wandb.init(project=config.wandb.project, entity=config.wandb.entity, name=config.exp_name,
-                              dir=run, mode=mode, config=OmegaConf.to_container(config),
+                              dir=run, mode=mode, config=settings,
                               settings=wandb.Settings(init_timeout=20))
-        except wandb.errors.Error as error:
+        except wandb.Error as error:
             print(f"note: wandb {mode}: {str(error).splitlines()[0]}", file=sys.stderr)
     return None
 

@@ -36,7 +36,7 @@ class Policy(nn.Module):
                  train_body: bool = True) -> None:
         """dtype: what it computes in (None: what its weights are in). train_body: False freezes all but the head."""
         super().__init__()
-        self.lm = lm
+        self.lm: Any = lm  # what transformers declares of its models, a checker cannot follow
         self.dtype = dtype or next(lm.parameters()).dtype
         self.train_body = train_body
         self.window: int | None = getattr(lm.config, "sliding_window", None)
@@ -76,7 +76,7 @@ class Policy(nn.Module):
                                       attention_mask=rows.attention_mask(self.dtype)).last_hidden_state.flatten(0, 1)
 
     def last_hidden(self, rows: Rows, hidden: Tensor | None) -> Tensor:
-        """(C, h): the hidden state at each completion's last id, in float32 at least. A frozen body computes it once."""
+        """(C, h): the hidden state at each completion's last id, in float32 at least; of a frozen body, once."""
         keys = [] if self.train_body else rows.keys()
         if not keys or any(key not in self.remembered for key in keys):
             hidden = self.hidden(rows) if hidden is None else hidden
@@ -198,8 +198,8 @@ def load_lm(config: "DictConfig") -> "PreTrainedModel":
     transformers = quiet_transformers()
     name = find_model(config.model.name_or_path, config.cache_dir)
     if config.model.use_flash_attention:
-        print("note: model.use_flash_attention: attention goes through PyTorch's scaled_dot_product_attention, whose own "
-              "flash kernels serve what they can; flash-attn is not used", file=sys.stderr)
+        print("note: model.use_flash_attention: attention goes through PyTorch's scaled_dot_product_attention, whose "
+              "own flash kernels serve what they can; flash-attn is not used", file=sys.stderr)
     try:
         settings = without_dropout(transformers.AutoConfig.from_pretrained(name))
         if Path(name).is_dir() and not any(file.suffix in (".safetensors", ".bin") for file in Path(name).iterdir()):
@@ -230,7 +230,7 @@ def load_policy(config: "DictConfig", weights: Path | None = None, *, aligned: b
     aligned: False takes the base model as it is.
     """
     loss = config.loss
-    lm = load_lm(config)
+    lm: Any = load_lm(config)
     source = weights or load_from(config) if aligned else None
     if source is not None:
         found = read_weights(source)
@@ -272,9 +272,9 @@ def read_weights(source: Path) -> dict[str, Any]:
     return {"step_idx": 0, "state": lm.state_dict(), "metrics": {}}
 
 
-def fit_embeddings(lm: "PreTrainedModel", state: Mapping[str, Tensor]) -> None:
+def fit_embeddings(lm: Any, state: Mapping[str, Tensor]) -> None:
     """Grow the vocabulary to that of the state, which may have control tokens more."""
-    embedding = lm.get_input_embeddings().weight
+    embedding: Any = lm.get_input_embeddings().weight
     name = next(name for name, tensor in lm.state_dict().items() if tensor.data_ptr() == embedding.data_ptr())
     if name in state and len(state[name]) > len(embedding):
         lm.resize_token_embeddings(len(state[name]), mean_resizing=False)
@@ -284,7 +284,7 @@ def make_reference(config: "DictConfig", policy: Policy) -> Policy | None:
     """The frozen policy as it is now, where the loss wants one: stored in reference_dtype, computing as the policy."""
     if not config.loss.use_reference_model:
         return None
-    lm = copy.deepcopy(policy.lm).to(compute_dtype(config.model.reference_dtype))
+    lm: Any = copy.deepcopy(policy.lm).to(compute_dtype(config.model.reference_dtype))
     lm.eval()  # checkpoints activations only in training mode
     return Policy(lm, dtype=policy.dtype).requires_grad_(False)
 
@@ -319,7 +319,7 @@ def token_budget(config: "DictConfig") -> int:
 def shares_prompts(policy: Policy) -> bool:
     """Check the two things that packed scoring takes for granted, on a few tokens of this very model.
 
-    Returns whether completions that share a row score as they do apart (an attention that ignores 4-D masks would show).
+    Returns whether completions that share a row score as they do apart: an attention that ignores 4-D masks shows.
     Errors: `UserError` where our head's logits are not the model's own.
     """
     V = policy.lm.config.vocab_size
@@ -406,15 +406,16 @@ class RewardModel:
 
 def load_reward_model(path: str) -> RewardModel:
     """A run trained with a reward head, from its folder."""
-    from omegaconf import OmegaConf
+    from omegaconf import DictConfig, OmegaConf
 
     from settings import schema
 
     run = Path(path).expanduser()
     if not (run / "config.yaml").is_file() or not (run / "LATEST/reward_head.pt").is_file():
-        raise UserError(f"judge rm:{path}: no reward model's run: it needs config.yaml and LATEST/reward_head.pt (train "
-                        "one with loss=bradley-terry)")
+        raise UserError(f"judge rm:{path}: no reward model's run: it needs config.yaml and LATEST/reward_head.pt "
+                        "(train one with loss=bradley-terry)")
     config = OmegaConf.merge(schema(), OmegaConf.load(run / "config.yaml"))
+    assert isinstance(config, DictConfig)
     config.model.load_from = None
     tokenizer = load_tokenizer(config, run)
     policy = load_policy(config, run / "LATEST/policy.pt").eval().requires_grad_(False)

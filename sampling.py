@@ -22,7 +22,7 @@ LIKELIEST = 1024  # tokens that are looked at first for the nucleus; the whole v
 @torch.no_grad()
 def sample(policy: Policy, tokenizer: "PreTrainedTokenizerBase", prompts: Sequence[Sequence[int]], *, max_length: int,
            top_p: float, seed: int, stop: str, batch_size: int,
-           advance: Callable[[int], None] = lambda finished: None) -> list[str]:
+           advance: Callable[[int], object] = lambda finished: None) -> list[str]:
     """An answer to each prompt, at temperature 1, from the smallest set of tokens whose probability reaches `top_p`.
 
     An answer ends at EOS (which is not part of it), before `stop` (if that is not empty), or where prompt and answer

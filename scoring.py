@@ -47,7 +47,7 @@ class Argument:
         return self.side == "policy" and self.role in TRAINED
 
     def value(self, batch: Sequence[Group], members: Sequence[int], found: Mapping[str, Found]) -> Tensor:
-        """(n,), or (n, T) token log-probs padded with 0, over those of the members that have a completion of the role."""
+        """(n,), or (n, T) token log-probs padded with 0, over the members that have a completion of the role."""
         having = [i for i in members if self.role in batch[i].completions]
         any_output = next(iter(next(iter(found["policy"].values())).values()))
         if self.form == "lengths":
@@ -98,8 +98,8 @@ class LossTrainer(BasicTrainer):
         super().__init__(*args, **options)
         self.asked = read_arguments(type(self).loss, type(self).__name__)
         if any(argument.side == "reference" for argument in self.asked) and self.reference is None:
-            raise UserError(f"loss.use_reference_model: {type(self).__name__}.loss asks for reference log-probs; set it "
-                            f"to true in config/loss/{self.config.loss.name}.yaml")
+            raise UserError(f"loss.use_reference_model: {type(self).__name__}.loss asks for reference log-probs; set "
+                            f"it to true in config/loss/{self.config.loss.name}.yaml")
         self.couples_examples = self.probe()
 
     def outputs_of(self, side: str, roles: Sequence[str]) -> tuple[list[str], list[str]]:
@@ -161,7 +161,8 @@ class LossTrainer(BasicTrainer):
         logps = {side: {item: value.sum() for item, value in found[side].get("token_logps", {}).items()}
                  for side in found}
         for role in TRAINED:
-            metrics.add(f"logps_{mode}/{role}", stacked(value for (_, r), value in logps["policy"].items() if r == role))
+            metrics.add(f"logps_{mode}/{role}",
+                        stacked(value for (_, its_role), value in logps["policy"].items() if its_role == role))
         ratios = stacked(logps["policy"][item] - logps["reference"][item] for item in logps["policy"]
                          if item[1] == "KL" and item in logps["reference"])
         if len(ratios):

@@ -5,7 +5,7 @@ alone. Rows of about equal length share a microbatch under a budget of tokens, s
 """
 
 from array import array
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -127,7 +127,7 @@ def pack(lines: Sequence[_Line]) -> Rows:
                 [(line.prompt, ids) for line in lines for ids in line.completions])
 
 
-def token_logps(hidden: Tensor, head: "torch.nn.Module", targets: Tensor) -> Tensor:
+def token_logps(hidden: Tensor, head: Callable[[Tensor], Tensor], targets: Tensor) -> Tensor:
     """Log-probability, in nats, of each target id under the head's distribution at its hidden state.
 
     hidden: (S, h), targets: (S,); returns (S,), in float32 at least. `head` maps (n, h) to (n, V) logits. The (S, V)

@@ -10,7 +10,7 @@ import sys
 from collections.abc import Callable, Iterator
 from functools import wraps
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeGuard
 
 from omegaconf import DictConfig, ListConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
@@ -113,6 +113,7 @@ def run_folder(config: DictConfig) -> Path:
 def schema(loss: str | None = None) -> DictConfig:
     """Every key with its default: config.yaml, the base model, and the keys of `loss`, as plain files."""
     base = OmegaConf.load(REPOSITORY / "config/config.yaml")
+    assert isinstance(base, DictConfig)
     for key in ("defaults", "hydra"):
         del base[key]
     base.model = OmegaConf.load(REPOSITORY / "config/model/base_model.yaml")
@@ -171,14 +172,15 @@ def _composed_without_overrides() -> DictConfig:
     return compose(str(hydra.job.config_name), overrides=choices)
 
 
-def leaves(node: DictConfig, prefix: str = "") -> Iterator[tuple[str, Any]]:
+def leaves(node: DictConfig | dict[Any, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
     """(dotted key, value as it is written) of every leaf; a list is a leaf, and so is an empty table."""
-    for key, value in OmegaConf.to_container(node, resolve=False).items() if not prefix else node.items():
-        name = f"{prefix}{key}"
-        if isinstance(value, (dict, DictConfig)) and value:
-            yield from leaves(value, f"{name}.")
+    table = OmegaConf.to_container(node, resolve=False) if isinstance(node, DictConfig) else node
+    assert isinstance(table, dict)
+    for key, value in table.items():
+        if isinstance(value, dict) and value:
+            yield from leaves(value, f"{prefix}{key}.")
         else:
-            yield name, value
+            yield f"{prefix}{key}", value
 
 
 def _check_values(config: DictConfig, defaults: DictConfig) -> None:
@@ -208,7 +210,7 @@ def _require(condition: bool, key: str, value: object, allowed: str) -> None:
         raise UserError(f"{key}: got {value!r}, allowed is {allowed}")
 
 
-def _number(value: object) -> bool:
+def _number(value: object) -> TypeGuard[float]:
     return isinstance(value, (int, float)) and not isinstance(value, bool)
 
 
@@ -218,7 +220,7 @@ def _at_least(least: float, *, optional: bool = False, whole: bool = True) -> tu
 
 
 def _fraction(value: object) -> bool:
-    return _number(value) and 0 < value <= 1  # pyright: ignore[reportOperatorIssue]: _number has checked it
+    return _number(value) and 0 < value <= 1
 
 
 def _one_of(*names: object) -> tuple[Callable[[Any], bool], str]:

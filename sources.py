@@ -66,12 +66,13 @@ def _split_file(folder: Path, split: str) -> Path:
 def _file_rows(path: Path) -> Iterator[tuple[str, Row]]:
     if not path.name.endswith(ENDINGS):
         raise UserError(f"datasets: {path} is no {', '.join(ENDINGS)} file")
-    number = -1
-    for number, (place, row) in enumerate(_parquet(path) if path.suffix == ".parquet" else _json(path)):
+    empty = True
+    for place, row in _parquet(path) if path.suffix == ".parquet" else _json(path):
+        empty = False
         if not isinstance(row, dict):
             raise UserError(f"{place}: a row must be an object, got {type(row).__name__}")
         yield place, row
-    if number < 0:
+    if empty:
         raise UserError(f"datasets: {path} is empty")
 
 

@@ -1,7 +1,7 @@
 """The main job, end to end, on the embedded model and data: `make demo`.
 
-Trains a judge on rows that the policy never sees; then SFT, KTO from that checkpoint, sampling from the model before and
-after, and their comparison. Every command is printed, and can be typed as it is.
+Trains a judge on rows that the policy never sees; then SFT, KTO from that checkpoint, sampling from the model before
+and after, and their comparison. Every command is printed, and can be typed as it is.
 """
 
 import json
@@ -81,7 +81,8 @@ def table(cache: Path) -> str:
          f"{kto[-1]['rewards_eval/margins']:.3f}"),
         ("sample length, tokens (mean)", f"{mean(result['baseline']['lengths']):.0f}",
          f"{mean(result['candidate']['lengths']):.0f}"),
-        (f"win rate over the starting model, {result['total']} prompts", "", percent(result["win_rate"], (low, high)) + verdict),
+        (f"win rate over the starting model, {result['total']} prompts", "",
+         percent(result["win_rate"], (low, high)) + verdict),
         (f"  the judge's own accuracy, {judge['metadata']['examples']} held-out pairs", "", percent(accuracy, right)),
     ]
     widths = [max(len(row[i]) for row in rows) for i in range(2)]

@@ -60,7 +60,8 @@ def test_the_walk_through_of_a_new_loss_runs_as_it_stands(tmp_path: Path, endpoi
     for command in commands:
         words = command.split()
         assert words[0] == "python"
-        done = subprocess.run([sys.executable, *words[1:]], cwd=checkout, env=environment, capture_output=True, text=True)
+        done = subprocess.run([sys.executable, *words[1:]], cwd=checkout, env=environment, capture_output=True,
+                              text=True)
         assert done.returncode == 0, done.stderr
         assert "secret-of-the-test" not in done.stdout + done.stderr
     [line] = [json.loads(line) for line in (checkout / "result.jsonl").read_text().splitlines()]
