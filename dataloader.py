@@ -45,12 +45,15 @@ class Example:
         return len(self.generations)
 
     def sft_target(self) -> int | None:
-        """Index of the generation to imitate; None where there is none but bad ones."""
+        """Index of the generation to imitate: the one that is set, the best, or the first that is not known as bad."""
         if self.sft_index is not None:
             return self.sft_index
-        if any(label is not None for label in self.desirable) and not self.pairs:
-            return self.desirable.index(True) if True in self.desirable else None
-        return 0 if self.generations else None
+        if self.pairs:
+            return self.pairs[0][0]
+        if True in self.desirable:
+            return self.desirable.index(True)
+        labels = [*self.desirable, *[None] * (self.num_generations() - len(self.desirable))]
+        return labels.index(None) if None in labels else None
 
     def remove_extra_spaces(self) -> None:
         """Two or more blanks or tabs become one blank; newlines and a lone tab stay."""
@@ -88,6 +91,8 @@ class Dataset(dict[str, Example]):
                 self[prompt] = theirs
                 continue
             ours, shift = self[prompt], self[prompt].num_generations()
+            if ours.sft_target() is None and (target := theirs.sft_target()) is not None:
+                ours.sft_index = target + shift
             ours.desirable += [None] * (shift - len(ours.desirable))
             ours.generations += theirs.generations
             ours.pairs += [(better + shift, worse + shift) for better, worse in theirs.pairs]
@@ -108,18 +113,20 @@ class Markers(NamedTuple):
     assistant_suffix: str
 
     def prompt(self, messages: Messages, place: str = "") -> str:
-        """The turns before an answer. A system message goes in front of the first human turn's text."""
-        text, system = "", ""
-        for message in messages:
+        """The turns before an answer. A system message is the beginning of the next human turn, or one by itself."""
+        text, system = "", []
+        for message in [*messages, {"role": "end", "content": ""}]:
             role, content = message["role"], message["content"]
             if role == "system":
-                system = f"{content}\n\n"
-            elif role in ("user", "human"):
-                text += self.human_prefix + system + content + self.human_suffix
-                system = ""
-            elif role == "assistant":
+                system.append(content)
+                continue
+            if role in ("user", "human") or system:
+                said = [*system, content] if role in ("user", "human") else system
+                text += self.human_prefix + "\n\n".join(said) + self.human_suffix
+                system = []
+            if role == "assistant":
                 text += self.assistant_prefix + content + self.assistant_suffix
-            else:
+            elif role not in ("user", "human", "end"):
                 raise UserError(f"{place}: role {role!r}, allowed are system, user and assistant")
         return text + self.assistant_prefix
 
@@ -152,14 +159,18 @@ def get_hh(split: str, human_prefix: str, human_suffix: str, assistant_prefix: s
     """
     markers = Markers(human_prefix, human_suffix, assistant_prefix, assistant_suffix)
     data = Dataset(name)
-    for _, row in read_rows(source, split, data_dir=data_dir):
+    for place, row in read_rows(source, split, data_dir=data_dir):
+        if not isinstance(row.get("chosen"), str) or not isinstance(row.get("rejected"), str):
+            raise UserError(f"{place}: chosen and rejected must be transcripts, as in Anthropic/hh-rlhf")
         before, marker, chosen = row["chosen"].rpartition(HH_ANSWER)
+        rejected = row["rejected"].removeprefix(before + marker)
         if not marker:
             data.left_out["the chosen transcript has no '\\n\\nAssistant: '"] += 1
-        elif not row["rejected"].startswith(before + marker):
+        elif rejected == row["rejected"] or HH_ANSWER in rejected:
             data.left_out["the prompts of the two sides differ"] += 1
+        elif HH_QUESTION in chosen or HH_QUESTION in rejected:
+            data.left_out["the last reply is missing: a human turn follows the last '\\n\\nAssistant: '"] += 1
         else:
-            rejected = row["rejected"][len(before + marker):]
             prompt = fold_spaces(markers.prompt(transcript_turns(before)))
             example = data[prompt]
             example.add_pair(markers.answer(fold_spaces(chosen)), markers.answer(fold_spaces(rejected)))
@@ -181,7 +192,7 @@ def get_hh_harmless(split: str, human_prefix: str, human_suffix: str, assistant_
                   data_dir="harmless-base", name="hh_harmless")
 
 
-HH_ANSWER = "\n\nAssistant: "
+HH_ANSWER, HH_QUESTION = "\n\nAssistant: ", "\n\nHuman:"
 
 
 def transcript_turns(transcript: str) -> Messages:
@@ -224,10 +235,12 @@ def _conversation(row: dict[str, Any], fields: Sequence[str], place: str) -> tup
         if prompt is not None:
             return _messages(prompt, place), values
         before, marker, _ = values[0].rpartition(HH_ANSWER)
-        if not marker or not all(value.startswith(before + marker) for value in values):
+        answers = [value.removeprefix(before + marker) for value in values]
+        if not marker or any(value == answer or HH_ANSWER in answer
+                             for value, answer in zip(values, answers, strict=True)):
             raise UserError(f"{place}: no 'prompt', and {' and '.join(fields)} are no transcripts of one "
                             "'\\n\\nHuman: … \\n\\nAssistant: …' dialogue; add a prompt")
-        return transcript_turns(before), [value[len(before + marker):] for value in values]
+        return transcript_turns(before), answers
     conversations = [_messages(value, place) for value in values]
     for turns in conversations:
         if not turns or turns[-1]["role"] != "assistant":
@@ -235,8 +248,10 @@ def _conversation(row: dict[str, Any], fields: Sequence[str], place: str) -> tup
     histories = [turns[:-1] for turns in conversations]
     if any(history != histories[0] for history in histories):
         raise UserError(f"{place}: the conversations in {' and '.join(fields)} differ before their last message")
-    whole = bool(histories[0]) or prompt is None  # the answers carry their history with them
-    return histories[0] if whole else _messages(prompt, place), [turns[-1]["content"] for turns in conversations]
+    turns = histories[0]
+    if prompt is not None and (not turns or turns[0]["role"] == "assistant"):  # else the answers bring their prompt
+        turns = _messages(prompt, place) + turns
+    return turns, [conversation[-1]["content"] for conversation in conversations]
 
 
 def _field(row: dict[str, Any], name: str, place: str) -> Any:
@@ -337,7 +352,7 @@ class DataLoader:
         examples = list(enumerate(self.examples))
         self.generator("prompts").shuffle(examples)
         self._rows = self._usable(list(self.rows(examples)))
-        if with_KL and len(self) < 2:
+        if with_KL and min(len(self), len(self._rows)) < 2:
             raise UserError(f"datasets: a single {split} row is too few: this loss estimates its KL reference point on "
                             "another example of the batch")
         if training and self.n_examples and self.n_epochs and len(self) < self.n_examples:
@@ -349,24 +364,30 @@ class DataLoader:
         return min(ends or [len(self._rows)])
 
     def n_batches(self) -> int:
-        whole, rest = divmod(len(self), len(self._rows))
-        return whole * len(self._cut(self._rows)) + len(self._cut(self._rows[:rest]))
+        epochs, rest = divmod(len(self), len(self._rows))
+        sizes = [len(self._rows)] * epochs + [rest]
+        return sum(math.ceil(n / self.batch_size) - (self.with_KL and n % self.batch_size == 1) for n in sizes)
 
     def __iter__(self) -> Iterator[list[Group]]:
-        left, epoch = len(self), 0
+        for rows in self._batches():
+            groups = [self.group(row) for row in rows]
+            yield with_mismatched(groups, self.config.model.max_length) if self.with_KL else groups
+
+    def _batches(self) -> Iterator[list[Row]]:
+        """Where KL pairs are formed, a batch of a single row joins the one before it."""
+        left, epoch, held = len(self), 0, list[Row]()
         while left:
             rows = self.order(self._rows, epoch)[:left]
-            for batch in self._cut(rows):
-                groups = [self.group(row) for row in batch]
-                yield with_mismatched(groups, self.config.model.max_length) if self.with_KL else groups
+            for start in range(0, len(rows), self.batch_size):
+                batch = rows[start:start + self.batch_size]
+                if self.with_KL and len(batch) == 1:
+                    held = held + batch
+                    continue
+                if held:
+                    yield held
+                held = batch
             left, epoch = left - len(rows), epoch + 1
-
-    def _cut(self, rows: list[Row]) -> list[list[Row]]:
-        """Batches; where KL pairs are formed, a last one of a single row joins the one before it."""
-        starts = list(range(0, len(rows), self.batch_size))
-        if self.with_KL and len(starts) > 1 and len(rows) - starts[-1] == 1:
-            starts.pop()
-        return [rows[start:end] for start, end in zip(starts, [*starts[1:], len(rows)], strict=True)]
+        yield held
 
     def _usable(self, rows: list[Row]) -> list[Row]:
         """Tokenise what the rows name, once, and leave out (counted, said) the rows that cannot be scored."""
@@ -440,7 +461,8 @@ class UnpairedPreferenceDataLoader(DataLoader):
         every = [row for number, example in examples for row in self.unpaired(number, example)]
         fractions = {"chosen": self.config.frac_unique_desirable, "rejected": self.config.frac_unique_undesirable}
         total = Counter(next(iter(row.roles)) for row in every)
-        left = {role: math.ceil(total[role] * fractions[role]) if self.split == "train" else total[role]
+        # Rounded, since 100 * 0.07 is a little more than 7.
+        left = {role: math.ceil(round(total[role] * fractions[role], 6)) if self.split == "train" else total[role]
                 for role in fractions}
         for row in every:
             role = next(iter(row.roles))

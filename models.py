@@ -182,12 +182,15 @@ def load_tokenizer(config: "DictConfig", run: Path | None = None) -> "PreTrained
 def chat_template(markers: Mapping[str, str], bos: bool) -> str:
     """The Jinja template by which other tools write the prompts that this run was trained on."""
     hp, hs, ap, as_ = (json.dumps(markers[key]) for key in MARKERS)
-    return ("{% set ns = namespace(system='') %}" + ("{{ bos_token }}" if bos else "")
-            + "{% for m in messages %}{% if m['role'] == 'system' %}{% set ns.system = m['content'] + '\\n\\n' %}"
-            + "{% elif m['role'] == 'user' %}{{ " + hp + " + ns.system + m['content'] + " + hs
-            + " }}{% set ns.system = '' %}"
-            + "{% else %}{{ " + ap + " + m['content'] + " + as_ + " }}{% endif %}{% endfor %}"
-            + "{% if add_generation_prompt %}{{ " + ap + " }}{% endif %}")
+    gap = "'\\n\\n'"
+    flush = ("{% if ns.system %}{{ " + hp + " + ns.system | join(" + gap + ") + " + hs
+             + " }}{% set ns.system = [] %}{% endif %}")
+    return ("{% set ns = namespace(system=[]) %}" + ("{{ bos_token }}" if bos else "")
+            + "{% for m in messages %}"
+            + "{% if m['role'] == 'system' %}{% set ns.system = ns.system + [m['content']] %}"
+            + "{% elif m['role'] == 'user' %}{% set ns.system = ns.system + [m['content']] %}" + flush
+            + "{% else %}" + flush + "{{ " + ap + " + m['content'] + " + as_ + " }}{% endif %}{% endfor %}"
+            + flush + "{% if add_generation_prompt %}{{ " + ap + " }}{% endif %}")
 
 
 def load_lm(config: "DictConfig") -> "PreTrainedModel":
@@ -256,6 +259,13 @@ def load_from(config: "DictConfig") -> Path | None:
     if not path.exists():
         raise UserError(f"model.load_from: no file or folder {path}")
     return path
+
+
+def check_load_from(config: "DictConfig") -> None:
+    """Find out early, without reading the weights, whether `model.load_from` can be what it is taken for."""
+    path = load_from(config)
+    if path is not None and path.is_file():
+        read_states(path, check_sum=False)
 
 
 def read_weights(source: Path) -> dict[str, Any]:

@@ -8,6 +8,7 @@ import gzip
 import hashlib
 import json
 import sys
+import zlib
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
@@ -90,27 +91,26 @@ def _parquet(path: Path) -> Iterator[tuple[str, Row]]:
         raise UserError(f"datasets: {path} is no readable Parquet file ({str(error).splitlines()[0]})") from None
 
 
-def _json(path: Path) -> Iterator[tuple[str, Row]]:
+def _json(path: Path) -> Iterator[tuple[str, Any]]:
+    opened = gzip.open(path, "rt", encoding="utf-8") if path.suffix == ".gz" else path.open(encoding="utf-8")
     try:
-        if path.name.endswith((".json", ".json.gz")) and (text := _open(path).read()).lstrip().startswith("["):
-            yield from ((f"{path} row {number}", row) for number, row in enumerate(json.loads(text), 1))
-            return
-        for number, line in enumerate(_open(path), 1):
-            if line.strip():
-                try:
-                    row = json.loads(line)
-                except json.JSONDecodeError as error:
-                    raise UserError(f"{path}:{number}: no valid JSON ({error.msg} at column {error.colno}); "
-                                    "a line holds one row") from None
-                yield f"{path}:{number}", row
-    except json.JSONDecodeError as error:
-        raise UserError(f"{path}:{error.lineno}: no valid JSON ({error.msg} at column {error.colno})") from None
-    except (gzip.BadGzipFile, EOFError, UnicodeDecodeError) as error:
+        with opened as file:
+            for number, line in enumerate(file, 1):
+                if line.lstrip().startswith("[") and ".json" in path.suffixes:  # one array, not a row a line
+                    rows = _parsed(line + file.read(), path, number)
+                    yield from ((f"{path} row {place}", row) for place, row in enumerate(rows, 1))
+                elif line.strip():
+                    yield f"{path}:{number}", _parsed(line.rstrip(), path, number, "; a line holds one row")
+    except (gzip.BadGzipFile, zlib.error, EOFError, UnicodeDecodeError) as error:
         raise UserError(f"datasets: {path} cannot be read ({error})") from None
 
 
-def _open(path: Path) -> Any:
-    return gzip.open(path, "rt", encoding="utf-8") if path.suffix == ".gz" else path.open(encoding="utf-8")
+def _parsed(text: str, path: Path, first_line: int, hint: str = "") -> Any:
+    try:
+        return json.loads(text)
+    except json.JSONDecodeError as error:
+        raise UserError(f"{path}:{first_line + error.lineno - 1}: no valid JSON ({error.msg} at column {error.colno})"
+                        f"{hint}") from None
 
 
 def _rows_of_split(path: Path, rows: list[tuple[str, Row]], split: str) -> Iterable[tuple[str, Row]]:

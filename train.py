@@ -29,7 +29,7 @@ def run(config: "DictConfig") -> None:
     trainer_class = find_trainer(config.loss.trainer)
     with_KL = trainer_class.needs_KL()
     find_optimizer(config.optimizer)
-    models.load_from(config)
+    models.check_load_from(config)
     tokenizer = models.load_tokenizer(config)
     train_loader = make_loader(config, tokenizer, "train", with_KL=with_KL)
     eval_loader = make_loader(config, tokenizer, "test", with_KL=with_KL)
