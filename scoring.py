@@ -23,7 +23,7 @@ from utils import UserError
 
 Losses = tuple[Tensor, Tensor | None, Tensor | None]  # losses, chosen rewards, rejected rewards
 TRAINED = ("chosen", "rejected")  # roles whose log-probs a gradient flows through
-PROBED = 3  # examples in the probe of a loss
+PROBED, PROBES = 3, 64  # examples a side in the probe of a loss, and how often it is tried
 
 ARGUMENT = re.compile(r"(?:(policy|reference)_)?(chosen|rejected|KL)_(logps|token_logps|scores|lengths)")
 
@@ -54,7 +54,7 @@ class Argument:
             return any_output.new_tensor([len(batch[i].completions[self.role]) for i in having])
         values = [found[self.side][self.kind][i, self.role] for i in having]
         if not values:
-            return any_output.new_zeros(0)
+            return any_output.new_zeros((0, 0) if self.form == "token_logps" else 0)
         if self.form == "token_logps":
             return pad_sequence(values, batch_first=True)
         return torch.stack([value.sum() for value in values])
@@ -65,7 +65,8 @@ def read_arguments(loss: Any, owner: str) -> list[Argument]:
     arguments = []
     for name in list(inspect.signature(loss).parameters)[1:]:
         match = ARGUMENT.fullmatch(name)
-        if not match or (match[3] == "lengths") == bool(match[1]):
+        if (not match or (match[3] == "lengths") == bool(match[1])
+                or (match[3] == "scores" and (match[1] != "policy" or match[2] == "KL"))):
             raise UserError(f"{owner}.loss asks for {name!r}; it can have {{policy,reference}}_{{chosen,rejected,KL}}_"
                             "{logps,token_logps}, policy_{chosen,rejected}_scores and {chosen,rejected,KL}_lengths")
         arguments.append(Argument(name, match[1] or "", match[2], match[3]))
@@ -100,7 +101,12 @@ class LossTrainer(BasicTrainer):
         if any(argument.side == "reference" for argument in self.asked) and self.reference is None:
             raise UserError(f"loss.use_reference_model: {type(self).__name__}.loss asks for reference log-probs; set "
                             f"it to true in config/loss/{self.config.loss.name}.yaml")
-        self.couples_examples = self.probe()
+        if any(argument.form == "scores" for argument in self.asked) and not self.config.loss.reward_head:
+            raise UserError(f"loss.reward_head: {type(self).__name__}.loss asks for scores; set it to true in "
+                            f"config/loss/{self.config.loss.name}.yaml")
+        found_out = self.probe()
+        declared = self.config.loss.couples_examples
+        self.couples_examples = found_out if declared is None else bool(declared)
 
     def outputs_of(self, side: str, roles: Sequence[str]) -> tuple[list[str], list[str]]:
         """(roles, kinds of output) that the loss wants of a side's model, among `roles`."""
@@ -133,17 +139,24 @@ class LossTrainer(BasicTrainer):
         microbatches = cut_into_microbatches(batch, roles, self.budget, share=self.share, window=self.policy.window)
         if self.couples_examples and len(microbatches) > 1:
             policy = merged(policy, self.scored("policy", batch, TRAINED))
+        parts = 0.0
         for rows in microbatches:
             outputs = self.policy(rows, kinds)
             leaves = {kind: output.detach().requires_grad_() for kind, output in outputs.items()}
             here = {kind: by_item(rows, kind, leaf) for kind, leaf in leaves.items()}
             members = range(len(batch)) if self.couples_examples else sorted({number for number, _ in rows.items})
             losses, _, _ = self.call(batch, members, {"policy": merged(policy, here), "reference": reference})
+            parts += losses.sum().item()
             gradients = torch.autograd.grad(losses.sum() / total, list(leaves.values()))
             torch.autograd.backward(list(outputs.values()), gradients)
             policy = merged(policy, {kind: {item: value.detach() for item, value in values.items()}
                                      for kind, values in here.items()})
-        return self.measure(batch, {"policy": policy, "reference": reference}, "train")[1]
+        mean, metrics = self.measure(batch, {"policy": policy, "reference": reference}, "train")
+        if not self.couples_examples and abs(parts - (whole := mean.item() * len(batch))) > 1e-3 * (abs(whole) + 1):
+            raise UserError(f"{type(self).__name__}.loss gives {parts} for the parts of a batch and {whole} for the whole "
+                            f"of it: it couples examples. Say so: couples_examples: true in config/loss/"
+                            f"{self.config.loss.name}.yaml")
+        return metrics
 
     def get_batch_metrics(self, batch: Batch, mode: str) -> tuple[Tensor, Metrics]:
         return self.measure(batch, {side: self.scored(side, batch) for side in ("policy", "reference")}, mode)
@@ -174,37 +187,67 @@ class LossTrainer(BasicTrainer):
         return losses.mean(), metrics
 
     def probe(self) -> bool:
-        """Whether `loss` couples examples: whether its Jacobian has an entry between different examples.
+        """Whether `loss` couples examples: whether an example alone has another loss or gradient than in company.
 
-        Random values of 3 examples at several scales, since a clamp may hide an entry.
-        Errors: `UserError` where it does not return one loss an example.
+        Tried on random values of 3 examples a side, at scales from 0.001 to 1,000, since a clamp may hide a coupling.
+        Errors: `UserError` where `loss` does not return one loss an example.
         """
         generator = torch.Generator().manual_seed(0)
-        trained = [argument for argument in self.asked if argument.trained]
-        two_sided = not self.paired and {argument.role for argument in trained} == set(TRAINED)
-        first = {"chosen": 0, "rejected": PROBED if two_sided else 0}  # number of the role's first example
-        expected = 2 * PROBED if two_sided else PROBED
-        coupled = False
-        for scale in (0.1, 1.0, 10.0, 100.0):
-            values = {argument.name: _probe_value(argument, scale, generator) for argument in self.asked}
-            leaves = [values[argument.name].requires_grad_() for argument in trained]
-            losses = self.loss(**values)[0]
-            if losses.shape != (expected,):
+        roles = list(dict.fromkeys(argument.role for argument in self.asked if argument.trained))
+        # An example is the set of (role, number) that it consists of, in the order of the losses.
+        examples = ([{(role, i) for role in roles} for i in range(PROBED)] if self.paired else
+                    [{(role, i)} for role in sorted(roles) for i in range(PROBED)])
+        for _ in range(PROBES):
+            values = _probe_values(self.asked, generator)
+            losses, gradients = self._at(values, set().union(*examples))
+            if losses.shape != (len(examples),):
                 raise UserError(f"{type(self).__name__}.loss returned losses of shape {tuple(losses.shape)}, where "
-                                f"({expected},) is needed for {PROBED} examples a side: one loss each, not their mean")
-            for i, loss in enumerate(losses):
-                gradients = torch.autograd.grad(loss, leaves, retain_graph=True, allow_unused=True)
-                coupled |= any(bool(gradient[j].any()) and first[argument.role] + j != i
-                               for argument, gradient in zip(trained, gradients, strict=True) if gradient is not None
-                               for j in range(PROBED))
-        return coupled
+                                f"({len(examples)},) is needed for {PROBED} of a side: one loss each, not their mean")
+            for number, members in enumerate(examples):
+                alone, its_gradients = self._at(values, members)
+                expected = {place: gradients[place] for place in its_gradients}
+                same = torch.allclose(alone, losses[number:number + 1], rtol=1e-9, atol=1e-12) and all(
+                    torch.allclose(its_gradients[place], expected[place], rtol=1e-9, atol=1e-12) for place in expected)
+                if not same:
+                    return True
+        return False
+
+    def _at(self, values: Mapping[str, Tensor], members: set[tuple[str, int]]) -> tuple[
+            Tensor, dict[tuple[str, int], Tensor]]:
+        """Losses of some examples, and the gradient of their sum by (argument, number)."""
+        rows = {a.name: [i for i in range(PROBED) if a.role == "KL" or (a.role, i) in members] for a in self.asked}
+        given = {name: values[name][numbers] for name, numbers in rows.items()}
+        leaves = {a.name: given[a.name].requires_grad_() for a in self.asked if a.trained}
+        losses, _, _ = self.loss(**given)
+        if losses.ndim != 1:
+            return losses, {}
+        gradients = torch.autograd.grad(losses.sum(), list(leaves.values()), allow_unused=True)
+        by_place = {}
+        for (name, leaf), gradient in zip(leaves.items(), gradients, strict=True):
+            gradient = torch.zeros_like(leaf) if gradient is None else gradient
+            by_place.update({(name, number): gradient[place] for place, number in enumerate(rows[name])})
+        return losses.detach(), by_place
 
 
-def _probe_value(argument: Argument, scale: float, generator: torch.Generator) -> Tensor:
-    if argument.form == "lengths":
-        return torch.full((PROBED,), 4.0)
-    values = scale * torch.randn((PROBED, 4) if argument.form == "token_logps" else (PROBED,), generator=generator)
-    return values if argument.form == "scores" else -values.abs()
+def _probe_values(asked: Sequence[Argument], generator: torch.Generator) -> dict[str, Tensor]:
+    """Random arguments in float64: the log-ratios' scale and sign vary, and so do the log-probs'."""
+    def draw(*shape: int) -> Tensor:
+        return torch.randn(shape, generator=generator, dtype=torch.float64)
+
+    scale, shift = 10 ** (3 * (2 * torch.rand(2, generator=generator, dtype=torch.float64) - 1))
+    shift = shift * torch.randint(-1, 2, (), generator=generator)
+    logps = {role: -scale * draw(PROBED, 4).abs() for role in (*TRAINED, "KL")}
+    ratios = {role: shift + scale * draw(PROBED, 4) for role in logps}
+    values = {}
+    for argument in asked:
+        if argument.form == "lengths":
+            values[argument.name] = torch.randint(1, 9, (PROBED,), generator=generator).double()
+        elif argument.form == "scores":
+            values[argument.name] = shift + scale * draw(PROBED)
+        else:
+            tokens = logps[argument.role] - (ratios[argument.role] if argument.side == "reference" else 0)
+            values[argument.name] = tokens if argument.form == "token_logps" else tokens.sum(1)
+    return values
 
 
 def merged(found: Found, more: Found) -> Found:

@@ -19,7 +19,8 @@ from utils import REPOSITORY, UserError, nearest
 
 GROUPS = ("model", "loss")
 # What every loss's YAML may declare; those with ??? it must.
-LOSS = {"name": "???", "trainer": "???", "dataloader": "???", "use_reference_model": "???", "reward_head": False}
+LOSS = {"name": "???", "trainer": "???", "dataloader": "???", "use_reference_model": "???", "reward_head": False,
+        "couples_examples": None}
 MODES = ("train", "eval", "sample")
 QUIET = ("hydra.run.dir=.", "hydra.output_subdir=null", "hydra/job_logging=none", "hydra/hydra_logging=none")
 

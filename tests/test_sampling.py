@@ -9,8 +9,8 @@ import numpy as np
 import pytest
 import torch
 from torch import Tensor
-from toys import V, toy_config, toy_policy
-from transformers import PreTrainedTokenizerBase
+from toys import FAMILIES, V, toy_config, toy_policy
+from transformers import GPT2Config, PreTrainedTokenizerBase
 
 import models
 import sampling
@@ -44,6 +44,13 @@ def policy() -> Policy:
     return toy_policy()
 
 
+def policy_of(family: str) -> Policy:
+    """One of the toys, or gpt2, whose positions are absolute: with rotary ones a shift of all of them does not show."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setitem(FAMILIES, "gpt2", GPT2Config(vocab_size=V, n_embd=32, n_layer=2, n_head=4, n_positions=128))
+        return toy_policy(family)
+
+
 @pytest.fixture(scope="module")
 def tiny() -> tuple[Policy, PreTrainedTokenizerBase]:
     """examples/tiny in float64: a byte-level tokenizer whose tokens are up to a few letters long."""
@@ -54,29 +61,29 @@ def tiny() -> tuple[Policy, PreTrainedTokenizerBase]:
 
 # An answer is its prompt's own ---------------------------------------------------------------------------------------
 
-@pytest.mark.parametrize("family", ["llama", "gptneox", "mistral"])
+@pytest.mark.parametrize("family", ["llama", "gpt2", "mistral"])
 def test_text_does_not_depend_on_the_batch_size(family: str) -> None:
     """Rows are padded on the left, and leave when they are full: at 3 of 12 ids with room for 37, and so on.
 
     Mistral's window of 16 is shorter than what is written.
     """
-    policy, prompts = toy_policy(family), toy_prompts(7)
+    policy, prompts = policy_of(family), toy_prompts(7)
     alone = answers(policy, prompts, batch_size=1)
     assert len(set(alone)) == 7
-    for batch_size in (2, 3, 4, 7, 100):
+    for batch_size in (2, 3, 100):
         assert answers(policy, prompts, batch_size=batch_size) == alone
 
 
 def test_rows_that_leave_the_batch_change_nothing_for_those_that_stay(policy: Policy) -> None:
-    """With a frequent EOS rows leave at any step, alone or several at once."""
-    prompts = toy_prompts(8, seed=3)
+    """With a frequent EOS rows leave at any step, alone or several at once; until they do, they are written on."""
+    prompts = toy_prompts(24, seed=3)
     letter = max(ALPHABET, key="".join(answers(policy, prompts)).count)
     tokenizer = letters(eos=ALPHABET.index(letter))
     alone = answers(policy, prompts, tokenizer, batch_size=1)
     lengths = {len(text) for text in alone}
     assert len(lengths) > 3 and min(lengths) < 10
     assert answers(policy, prompts, tokenizer, batch_size=4) == alone
-    assert answers(policy, prompts, tokenizer, batch_size=8) == alone
+    assert answers(policy, prompts, tokenizer, batch_size=24) == alone
 
 
 def test_text_does_not_depend_on_the_other_prompts(policy: Policy) -> None:
@@ -125,13 +132,13 @@ def test_text_in_float32_does_not_depend_on_the_batch_size_either() -> None:
 
 # The distribution ----------------------------------------------------------------------------------------------------
 
-@pytest.mark.parametrize("family", ["llama", "tied-llama", "gptneox", "mistral"])
+@pytest.mark.parametrize("family", ["llama", "gptneox", "gpt2", "mistral"])
 def test_the_likeliest_tokens_are_those_that_transformers_generates(family: str) -> None:
     """At a tiny top_p the nucleus is one token; `generate` without sampling, a prompt at a time, is the oracle.
 
     EOS is a token that one of the prompts meets early.
     """
-    policy = toy_policy(family)
+    policy = policy_of(family)
     prompts = toy_prompts(5, seed=2)
     free = [generated(policy, prompt, NEVER) for prompt in prompts]
     eos = free[0][len(free[0]) // 4]
@@ -264,11 +271,10 @@ def test_prompt_and_answer_have_max_length_ids_together(policy: Policy) -> None:
 
 
 def test_every_finished_answer_is_told_once(policy: Policy) -> None:
-    prompts, told = toy_prompts(7), list[int]()
+    prompts, told = toy_prompts(30), list[int]()
     letter = max(ALPHABET, key="".join(answers(policy, prompts)).count)
-    texts = answers(policy, prompts, letters(eos=ALPHABET.index(letter)), batch_size=3, advance=told.append)
-    assert sum(told) == len(texts) == 7
-    assert max(told) <= 3
+    texts = answers(policy, prompts, letters(eos=ALPHABET.index(letter)), batch_size=24, advance=told.append)
+    assert sum(told) == len(texts) == 30
 
 
 def test_no_prompts_give_no_answers(policy: Policy) -> None:

@@ -325,19 +325,18 @@ def groups_of(ratios: Ratios, keys: list[int], pairs: list[int] | None = None) -
 
 
 def test_pairs_log_their_margins_and_accuracies() -> None:
-    """beta 0.1, log-ratios 30, 10, 7.5 against 10, 10, 5: rewards 3, 1, 0.75 and 1, 1, 0.5.
+    """beta 0.1, log-ratios 30, 10, 15 against 20, 10, 5: rewards 3, 1, 1.5 and 2, 1, 0.5.
 
-    Margins 2, 0, 0.25: mean 0.75. A tie is no win: accuracy 2/3. Against the flipped 0.5, 1, 1: win, tie, loss: 1/3.
-    Means: 4.75 / 3, 2.5 / 3; log-probs -10 + 47.5 / 3 and -10 + 25 / 3.
+    Margins 1, 0, 1: mean 2/3. A tie is no win: accuracy 2/3. Against the flipped 0.5, 1, 2: win, tie, loss: 1/3.
     """
-    ratios = {(0, "chosen"): 30, (0, "rejected"): 10, (1, "chosen"): 10, (1, "rejected"): 10, (2, "chosen"): 7.5,
+    ratios = {(0, "chosen"): 30, (0, "rejected"): 20, (1, "chosen"): 10, (1, "rejected"): 10, (2, "chosen"): 15,
               (2, "rejected"): 5}
     means = measured(make_trainer(DPOTrainer, beta=0.1), groups_of(ratios, [0, 1, 2]), ratios, "eval").means()
-    loss = sum(math.log(1 + math.exp(-margin)) for margin in (2, 0, 0.25)) / 3
+    loss = (2 * math.log(1 + 1 / math.e) + math.log(2)) / 3
     assert means == pytest.approx({
-        "loss/eval": loss, "rewards_eval/chosen": 4.75 / 3, "rewards_eval/rejected": 2.5 / 3,
-        "rewards_eval/margins": 0.75, "rewards_eval/accuracies": 2 / 3, "rewards_eval/accuracies_unpaired": 1 / 3,
-        "logps_eval/chosen": -10 + 47.5 / 3, "logps_eval/rejected": -10 + 25 / 3}, rel=1e-12)
+        "loss/eval": loss, "rewards_eval/chosen": 5.5 / 3, "rewards_eval/rejected": 3.5 / 3,
+        "rewards_eval/margins": 2 / 3, "rewards_eval/accuracies": 2 / 3, "rewards_eval/accuracies_unpaired": 1 / 3,
+        "logps_eval/chosen": -10 + 55 / 3, "logps_eval/rejected": -10 + 35 / 3}, rel=1e-12)
 
 
 def test_unpaired_classes_log_the_difference_of_their_means_and_accuracies_of_complete_pairs() -> None:
