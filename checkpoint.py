@@ -5,6 +5,7 @@ middle of a save leaves the one before.
 """
 
 import hashlib
+import itertools
 import json
 import os
 import re
@@ -25,12 +26,13 @@ COMPUTED = re.compile(r"(rotary_emb\.inv_freq|\.attention\.(bias|masked_bias)|\.
 
 
 def save_checkpoint(run: Path, name: str, write: Callable[[Path], None], *, keep: bool = False) -> Path:
-    """Let `write(folder)` fill a new checkpoint, and point `run/LATEST` to it.
+    """Let `write(folder)` fill a new checkpoint, and point `run/LATEST` to it; what LATEST left goes.
 
-    The folder is `run/name`; unless `keep`, it is hidden, and goes when LATEST points to a newer one.
+    The folder is hidden; with `keep` it is (or, if that exists, its copy replaces) `run/name`, which stays.
     """
     run.mkdir(parents=True, exist_ok=True)
-    final, temporary = run / (name if keep else f".{name}"), run / f".{name}.partial"
+    number = next(n for n in itertools.count() if not (run / f".{name}.{n}").exists())
+    new, temporary = run / f".{name}.{number}", run / f".{name}.partial"
     shutil.rmtree(temporary, ignore_errors=True)
     temporary.mkdir()
     write(temporary)
@@ -38,22 +40,28 @@ def save_checkpoint(run: Path, name: str, write: Callable[[Path], None], *, keep
     for file in files_of(temporary):
         with file.open("rb") as handle:
             os.fsync(handle.fileno())
-    link, replaced = run / "LATEST", None
-    if final.exists():
-        replaced = run / f".{name}.replaced"
-        shutil.rmtree(replaced, ignore_errors=True)
-        final.rename(replaced)
-    temporary.rename(final)
-    previous = link.resolve() if link.is_symlink() else None
-    new_link = run / ".LATEST.new"
-    new_link.unlink(missing_ok=True)
-    new_link.symlink_to(final.name)
-    new_link.replace(link)
-    for old in {previous, replaced} - {None, final.resolve()}:
-        assert old is not None
-        if old.name.startswith("."):
+    kept = run / name
+    if keep and not kept.exists():
+        new = kept
+    temporary.rename(new)
+    point(run / "LATEST", new)
+    if keep and new != kept:  # LATEST must not be without a folder while its copy takes the place of the old one
+        shutil.rmtree(kept)
+        shutil.copytree(new, kept, copy_function=os.link)
+        point(run / "LATEST", kept)
+    latest = (run / "LATEST").resolve()
+    for old in [*run.glob(".step-*"), *run.glob(f".{name}.*")]:
+        if old.is_dir() and old.resolve() != latest:
             shutil.rmtree(old, ignore_errors=True)
-    return link
+    return run / "LATEST"
+
+
+def point(link: Path, folder: Path) -> None:
+    """Make `link` lead to its neighbour `folder`, in one step."""
+    new_link = link.with_name(f".{link.name}.new")
+    new_link.unlink(missing_ok=True)
+    new_link.symlink_to(folder.name)
+    new_link.replace(link)
 
 
 def files_of(folder: Path) -> list[Path]:
@@ -67,12 +75,12 @@ def sha256(file: Path) -> str:
 
 def verify(file: Path) -> None:
     """Refuse a file that differs from what its folder's checksums say; a folder without them (another's) passes."""
-    manifest = file.parent / MANIFEST
-    if not manifest.is_file():
+    manifest = next((m for folder in (file.parent, file.parent.parent) if (m := folder / MANIFEST).is_file()), None)
+    if manifest is None:
         return
     try:
-        recorded = json.loads(manifest.read_text())[file.name]
-    except (json.JSONDecodeError, KeyError):
+        recorded = json.loads(manifest.read_text())[str(file.relative_to(manifest.parent))]
+    except (ValueError, KeyError, TypeError):
         raise UserError(f"{file}: {manifest.name} beside it is damaged or does not list it; use another checkpoint"
                         ) from None
     if sha256(file) != recorded:

@@ -53,7 +53,7 @@ class BasicTrainer:
         """Add the batch's gradient to the parameters': that of the sum of its losses over `total` examples."""
         loss, metrics = self.get_batch_metrics(batch, "train")
         (loss * (len(batch) / total)).backward()
-        return as_metrics(metrics)
+        return as_metrics(metrics, "train", loss, batch)
 
     def train(self) -> None:
         assert self.train_loader is not None
@@ -132,7 +132,8 @@ class BasicTrainer:
                 if self.interrupted:
                     return self.evaluation
                 with torch.no_grad():
-                    metrics.merge(as_metrics(self.get_batch_metrics(batch, "eval")[1]))
+                    loss, values = self.get_batch_metrics(batch, "eval")
+                metrics.merge(as_metrics(values, "eval", loss, batch))
                 bar.advance(len(batch), {})
         self.evaluation, self.evaluated_at = metrics.means(), self.examples
         if self.log is not None:
@@ -170,19 +171,27 @@ class BasicTrainer:
 
 def find_optimizer(name: str) -> Callable[..., torch.optim.Optimizer]:
     known = {key: value for key, value in vars(torch.optim).items()
-             if isinstance(value, type) and issubclass(value, torch.optim.Optimizer)}
-    if name not in known or name == "Optimizer":
-        raise UserError(f"optimizer: torch.optim has no {name!r} (have {', '.join(sorted(set(known) - {'Optimizer'}))})"
+             if isinstance(value, type) and issubclass(value, torch.optim.Optimizer) and key not in OTHER_OPTIMIZERS}
+    if name not in known:
+        raise UserError(f"optimizer: torch.optim has no {name!r} for this (have {', '.join(sorted(known))})"
                         f"{nearest(name, known)}")
     return known[name]
 
 
-def as_metrics(values: Metrics | Mapping[str, Any]) -> Metrics:
+# The base class, and those that want a closure, sparse gradients, or matrices only.
+OTHER_OPTIMIZERS = {"Optimizer", "LBFGS", "SparseAdam", "Muon"}
+
+
+def as_metrics(values: Metrics | Mapping[str, Any], mode: str, loss: Tensor, batch: Batch) -> Metrics:
+    """What `get_batch_metrics` returned, with the loss of every example where it does not have it."""
     if isinstance(values, Metrics):
-        return values
-    metrics = Metrics()
-    for name, value in values.items():
-        metrics.add(name, value)
+        metrics = values
+    else:
+        metrics = Metrics()
+        for name, value in values.items():
+            metrics.add(name, value)
+    if f"loss/{mode}" not in metrics.sums:
+        metrics.add(f"loss/{mode}", loss.detach().expand(len(batch)))
     return metrics
 
 

@@ -91,8 +91,9 @@ class Log:
             self.wandb.finish()
 
     def _append(self, name: str, line: Mapping[str, float]) -> None:
+        finite = {key: value if math.isfinite(value) else None for key, value in line.items()}  # JSON has no NaN
         with (self.run / name).open("a") as file:
-            file.write(json.dumps(line) + "\n")
+            file.write(json.dumps(finite) + "\n")
 
     def _show(self, what: str, values: Mapping[str, float]) -> None:
         shown = {name.split("/", 1)[-1] if name.startswith("rewards") else name: value for name, value in values.items()
@@ -116,7 +117,7 @@ def start_wandb(run: Path, config: "DictConfig") -> Any:
     from omegaconf import OmegaConf
 
     os.environ.setdefault("WANDB_SILENT", "true")
-    logged_in = "WANDB_API_KEY" in os.environ or _netrc_knows_wandb()
+    logged_in = bool(os.environ.get("WANDB_API_KEY")) or _netrc_knows_wandb()
     settings: Any = OmegaConf.to_container(config)
     mode: Any
     for mode in dict.fromkeys([os.environ.get("WANDB_MODE", "online" if logged_in else "offline"), "offline"]):

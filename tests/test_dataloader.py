@@ -615,7 +615,7 @@ def test_length_and_number_of_batches_agree_with_what_comes(n: int, n_epochs: in
     """min(n_epochs * n, n_examples) rows, where an end that is null is none; one epoch where both are.
 
     No batch is larger than batch_size, but for a row that would be alone in a KL batch: the last of an epoch, and
-    once more where n_examples ends one row into the next.
+    of the rows of the next one, where n_examples ends it early.
     """
     for batch_size, n_examples in product((2, 3, 4), (None, 2, 3, n, n + 1, 2 * n + 2, 3 * n + 1)):
         batches = loader("paired", pairs(n), with_KL=with_KL, model__batch_size=batch_size, n_epochs=n_epochs,
@@ -624,7 +624,7 @@ def test_length_and_number_of_batches_agree_with_what_comes(n: int, n_epochs: in
         ends = [end for end in (n_epochs and n_epochs * n, n_examples) if end] or [n]
         assert sum(sizes) == len(batches) == min(ends), (batch_size, n_examples)
         assert len(sizes) == batches.n_batches(), (batch_size, n_examples)
-        lone = with_KL * ((n % batch_size == 1) + (min(ends) % n == 1))
+        lone = with_KL * sum(rows % batch_size == 1 for rows in (n, min(ends) % n))
         assert min(sizes) >= 1 + with_KL and max(sizes) <= batch_size + lone, (batch_size, n_examples, sizes)
 
 

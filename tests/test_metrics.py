@@ -152,7 +152,7 @@ class Wandb:
     def log(self, values: dict[str, float], step: int) -> None:
         self.lines.append((step, values))
 
-    def finish(self, quiet: bool) -> None:
+    def finish(self) -> None:
         self.finished += 1
 
 

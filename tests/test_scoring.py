@@ -428,6 +428,37 @@ def test_a_loss_that_sees_other_examples_as_constants_is_cut_without_a_change(tr
     assert_same_gradient(cut.policy, gradients(whole.policy))
 
 
+@pytest.mark.parametrize("budget", BUDGETS)
+def test_a_loss_may_want_a_side_from_the_reference_alone(budget: str) -> None:
+    """Paired, and rejected is not trained on: log-ratios against what the reference gives rejected, per token of it."""
+
+    class OneSided(PairedPreferenceTrainer):
+        def loss(self, policy_chosen_logps: Tensor, reference_rejected_logps: Tensor,
+                 rejected_lengths: Tensor) -> Losses:
+            return (reference_rejected_logps - policy_chosen_logps) / rejected_lengths, None, None
+
+    trainer, batch = make_trainer(OneSided, budget=budget), toy_groups(5)
+    assert trainer.reference is not None and not trainer.couples_examples
+    with torch.no_grad():
+        chosen = naive_token_logps(trainer.policy.lm, batch, ["chosen"])
+        rejected = naive_token_logps(trainer.reference.lm, batch, ["rejected"])
+    loss = sum(((rejected[i, "rejected"].sum() - chosen[i, "chosen"].sum()) / len(rejected[i, "rejected"])).item()
+               for i in range(5)) / 5
+    assert trainer.accumulate(batch, 5).means()["loss/train"] == pytest.approx(loss, rel=1e-8)
+
+
+def test_what_the_yaml_says_about_coupling_comes_before_the_probe() -> None:
+    assert make_trainer("dpo", loss__couples_examples=True).couples_examples
+
+
+def test_a_coupling_that_is_denied_is_found_out_when_a_batch_is_cut() -> None:
+    """The losses of the parts do not add up to the whole's; an uncut batch is still right."""
+    batch = make_batch("coupled")
+    make_trainer("coupled", loss__couples_examples=False).accumulate(batch, len(batch))
+    with pytest.raises(UserError, match=r"it couples examples\. Say so: couples_examples: true in config/loss/"):
+        make_trainer("coupled", loss__couples_examples=False, budget="single", loss__beta=1.0).accumulate(batch, 7)
+
+
 # What is refused ------------------------------------------------------------------------------------------------------
 
 def test_a_loss_that_returns_a_mean_is_refused() -> None:

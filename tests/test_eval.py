@@ -1,0 +1,309 @@
+"""`eval.py` on runs of the tiny model: the same numbers as in training, and the samples file."""
+
+import json
+import shutil
+from collections.abc import Callable, Iterator
+from datetime import datetime
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from omegaconf import OmegaConf
+from test_train import call, lines, says, words
+from toy_tokenizers import toy_tokenizer
+from transformers import LlamaConfig
+
+import eval as evaluation
+import sampling
+import train
+from utils import REPOSITORY
+
+Capture = pytest.CaptureFixture[str]
+Patch = pytest.MonkeyPatch
+QUICK = ["mode=sample", "model.max_length=40", "model.max_prompt_length=32", "model.eval_batch_size=64"]
+LOSSES = ["sft", "dpo", "kto", "bradley-terry"]
+N_PROMPTS = 120  # in the test split of the embedded data, each of them once
+
+
+@pytest.fixture(scope="module")
+def home(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+    """A folder from which a run of every loss was made into the relative `cache`; dpo and kto start from sft."""
+    home = tmp_path_factory.mktemp("home")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(home)
+        for loss in LOSSES:
+            start = "sft/LATEST/policy.pt" if loss in ("dpo", "kto") else None
+            assert call(train.main, *words(
+                cache_dir="cache", loss=loss, exp_name=loss, eval_every="8", intermediate_checkpoints="true",
+                assistant_suffix="'<|end|>\n'", model__load_from=start)) == 0
+        yield home
+
+
+@pytest.fixture(autouse=True)
+def here(home: Path, monkeypatch: Patch) -> None:
+    monkeypatch.chdir(home)
+
+
+@pytest.fixture
+def report(capsys: Capture) -> Callable[..., dict[str, Any]]:
+    """What `eval.py ++mode=eval` prints, with these arguments."""
+    def evaluate(*arguments: str) -> dict[str, Any]:
+        capsys.readouterr()
+        code = call(evaluation.main, *arguments, "++mode=eval")
+        screen = capsys.readouterr()
+        assert code == 0, screen.err
+        return json.loads(screen.out)
+    return evaluate
+
+
+def during(run: Path, examples: int) -> dict[str, float]:
+    """What the run itself measured after so many examples."""
+    [line] = [line for line in lines(run / "evaluations.jsonl") if line["counters/examples"] == examples]
+    return {name: value for name, value in line.items() if not name.startswith("counters/")}
+
+
+def samples_of(folder: Path, *arguments: str, name: str = "sft") -> dict[str, Any]:
+    """The samples file that `eval.py` writes with these arguments."""
+    assert call(evaluation.main, *QUICK, f"samples_dir={folder}", *arguments) == 0
+    return json.loads((folder / f"{name}.json").read_text())
+
+
+# Evaluation ----------------------------------------------------------------------------------------------------------
+
+@pytest.mark.parametrize("loss", LOSSES)
+def test_an_evaluation_repeats_the_last_one_of_the_run(loss: str, home: Path,
+                                                       report: Callable[..., dict[str, Any]]) -> None:
+    found = report(f"--config-path=cache/{loss}/config.yaml")
+    assert set(found) == {"metadata", "results"}
+    assert found["results"] == pytest.approx(during(home / "cache" / loss, 16), rel=1e-5, abs=1e-7)
+    assert found["results"] != pytest.approx(during(home / "cache" / loss, 0), rel=1e-5, abs=1e-7)
+    assert found["metadata"]["exp_name"] == loss and found["metadata"]["split"] == "test"
+    assert json.loads((home / "cache" / loss / "eval.json").read_text()) == found
+
+
+def test_a_runs_folder_is_as_good_as_its_config(home: Path, report: Callable[..., dict[str, Any]]) -> None:
+    assert report("--config-path", "cache/sft")["results"] == report("--config-path=cache/sft/config.yaml")["results"]
+
+
+@pytest.mark.parametrize("original", ["gone", "still there"])
+def test_a_run_that_was_moved_is_found_by_its_path(original: str, home: Path, tmp_path: Path, monkeypatch: Patch,
+                                                   report: Callable[..., dict[str, Any]]) -> None:
+    """Where another run has taken its place, the weights of the one that --config-path names are taken."""
+    run = tmp_path / "elsewhere/moved"
+    shutil.copytree(home / "cache/sft", run, symlinks=True)
+    expected = during(run, 16)
+    monkeypatch.chdir(tmp_path)
+    if original == "still there":
+        shutil.copytree(home / "cache/sft", tmp_path / "cache/sft")
+        shutil.copyfile(run / "step-8/policy.pt", tmp_path / "cache/sft/LATEST/policy.pt")
+    found = report("--config-path=elsewhere/moved")
+    assert found["results"] == pytest.approx(expected, rel=1e-5)
+    assert Path(found["metadata"]["policy"]).resolve() == (run / "LATEST/policy.pt").resolve()
+    assert (run / "eval.json").is_file()
+
+
+def test_the_tokenizer_of_a_run_is_the_one_in_its_folder(home: Path, tmp_path: Path,
+                                                         report: Callable[..., dict[str, Any]]) -> None:
+    """The model's own is replaced by nothing that loads; the run does not miss it."""
+    run = tmp_path / "run"
+    shutil.copytree(home / "cache/sft", run, symlinks=True)
+    found = report(f"--config-path={run}", "model.tokenizer_name_or_path=./nowhere")
+    assert found["results"] == pytest.approx(during(run, 16), rel=1e-5)
+
+
+def test_an_explicit_null_is_the_model_before_any_training(home: Path, report: Callable[..., dict[str, Any]]) -> None:
+    found = report("--config-path=cache/sft", "++saved_policy=null")
+    assert found["results"] == pytest.approx(during(home / "cache/sft", 0), rel=1e-5)
+    assert found["metadata"]["policy"] == "examples/tiny"
+
+
+def test_any_checkpoint_can_be_evaluated(home: Path, report: Callable[..., dict[str, Any]]) -> None:
+    found = report("--config-path=cache/kto", "++saved_policy=cache/kto/step-8/policy.pt")
+    assert found["results"] == pytest.approx(during(home / "cache/kto", 8), rel=1e-5, abs=1e-7)
+    assert found["results"] != pytest.approx(during(home / "cache/kto", 16), rel=1e-5, abs=1e-7)
+
+
+def test_a_config_as_the_original_wrote_it_is_accepted_with_a_note(home: Path, tmp_path: Path, capsys: Capture) -> None:
+    """With keys that we do not have, without those that it did not have, and null where it had null."""
+    run = tmp_path / "old"
+    shutil.copytree(home / "cache/sft", run, symlinks=True)
+    config = OmegaConf.to_container(OmegaConf.load(run / "config.yaml"))
+    assert isinstance(config, dict)
+    for table, keys in (("model", ("tokens_per_microbatch", "share_prompts", "trainable", "fsdp_policy_mp")),
+                        ("loss", ("reward_head",))):
+        for key in keys:
+            del config[table][key]
+    for key in ("checkpoint_minutes", "export_dtype", "do_last_eval", "samples_dir"):
+        del config[key]
+    config.update({"trainer": "SFTTrainer", "fsdp_port": None, "saved_policy": None, "n_examples": None})
+    (run / "config.yaml").write_text(OmegaConf.to_yaml(OmegaConf.create(config)))
+    code = call(evaluation.main, f"--config-path={run / 'config.yaml'}", "++mode=eval")
+    screen = capsys.readouterr()
+    assert code == 0, screen.err
+    assert "ignored: trainer\n" in screen.err
+    assert json.loads(screen.out)["results"] == pytest.approx(during(run, 16), rel=1e-5)
+
+
+# Samples -------------------------------------------------------------------------------------------------------------
+
+@pytest.fixture(scope="module")
+def some(home: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+    return samples_of(tmp_path_factory.mktemp("some"), "--config-path=cache/sft", "++n_samples=5")
+
+
+def chosen_by_prompt() -> dict[str, str]:
+    """The embedded test split in the markers of the runs here, read by hand; every prompt is one question."""
+    found = {}
+    for row in lines(REPOSITORY / "examples/demo/test.jsonl"):
+        text = "".join({"user": "\n<|user|>\n{}", "assistant": "\n<|assistant|>\n{}<|end|>\n"}[turn["role"]]
+                       .format(turn["content"]) for turn in row["prompt"])
+        found[f"{text}\n<|assistant|>\n"] = row["chosen"][-1]["content"]
+    return found
+
+
+def test_a_samples_file_has_the_layout_of_the_contract(some: dict[str, Any]) -> None:
+    """prompt: in its markers. chosen: the answer to imitate, without the marker and the EOS that end it."""
+    assert set(some) == {"sampled_at", "config", "samples"}
+    assert datetime.fromisoformat(some["sampled_at"]).tzinfo is not None
+    assert some["config"]["exp_name"] == "sft" and some["config"]["model"]["name_or_path"] == "examples/tiny"
+    expected = chosen_by_prompt()
+    assert len(expected) == N_PROMPTS
+    assert len(some["samples"]) == len({sample["prompt"] for sample in some["samples"]}) == 5
+    for sample in some["samples"]:
+        assert set(sample) == {"prompt", "chosen", "policy"}
+        assert sample["chosen"] == expected[sample["prompt"]]
+        assert "<|endoftext|>" not in sample["policy"] and "<|end|>" not in sample["policy"]
+
+
+def test_every_loss_has_the_same_prompts_and_targets(some: dict[str, Any], tmp_path: Path) -> None:
+    other = samples_of(tmp_path, "--config-path=cache/kto", "++n_samples=5", name="kto")
+    for key in ("prompt", "chosen"):
+        assert [sample[key] for sample in other["samples"]] == [sample[key] for sample in some["samples"]]
+    assert [sample["policy"] for sample in other["samples"]] != [sample["policy"] for sample in some["samples"]]
+
+
+def test_the_same_command_samples_the_same_text_whatever_the_batch(some: dict[str, Any], tmp_path: Path) -> None:
+    again = samples_of(tmp_path, "--config-path=cache/sft", "++n_samples=5", "model.eval_batch_size=2")
+    more = samples_of(tmp_path, "--config-path=cache/sft", "++n_samples=8")  # replaces the file
+    assert again["samples"] == some["samples"] == more["samples"][:5]
+    assert len(more["samples"]) == 8
+
+
+@pytest.mark.parametrize("n", ["500", "null"])
+def test_more_samples_than_there_are_prompts_are_all_prompts(n: str, tmp_path: Path, capsys: Capture) -> None:
+    samples = samples_of(tmp_path, "--config-path=cache/sft", f"++n_samples={n}", "model.max_length=33")["samples"]
+    assert {sample["prompt"] for sample in samples} == set(chosen_by_prompt())
+    assert len(samples) == N_PROMPTS
+    assert ("n_samples=500" in capsys.readouterr().err) == (n == "500")
+
+
+def test_another_seed_gives_other_prompts(some: dict[str, Any], tmp_path: Path) -> None:
+    other = samples_of(tmp_path, "--config-path=cache/sft", "++n_samples=5", "seed=2")["samples"]
+    assert len({sample["prompt"] for sample in other + some["samples"]}) > 5
+
+
+@pytest.fixture(scope="module")
+def other_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A model's folder, without weights, with another tokenizer than examples/tiny."""
+    folder = tmp_path_factory.mktemp("other")
+    tokenizer = toy_tokenizer("byte-bpe-bos")
+    tokenizer.save_pretrained(folder)
+    LlamaConfig(vocab_size=len(tokenizer), hidden_size=16, intermediate_size=16, num_hidden_layers=1,
+                num_attention_heads=2, max_position_embeddings=128).save_pretrained(folder)
+    return folder
+
+
+def test_another_model_gets_the_same_questions_in_its_own_markers(some: dict[str, Any], other_model: Path,
+                                                                  tmp_path: Path) -> None:
+    base = ["model=tiny", f"model.name_or_path={other_model}", "loss=sft", "datasets=[demo]", "exp_name=sft",
+            "++saved_policy=null", "n_samples=5", f"cache_dir={tmp_path / 'cache'}"]
+    same = samples_of(tmp_path, *base, "assistant_suffix='<|end|>\n'")["samples"]
+    assert [sample["prompt"] for sample in same] == [sample["prompt"] for sample in some["samples"]]
+    mine = samples_of(tmp_path, *base, "human_prefix='Q: '", "assistant_prefix='\nA: '")["samples"]
+    assert [sample["chosen"] for sample in mine] == [sample["chosen"] for sample in some["samples"]]
+    assert all(sample["prompt"].startswith("Q: ") and sample["prompt"].endswith("\nA: ") for sample in mine)
+
+
+def test_a_model_can_be_sampled_without_a_run(tmp_path: Path, monkeypatch: Patch) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert call(evaluation.main, "model=tiny", "loss=sft", "datasets=[demo]", "exp_name=base", *QUICK, "n_samples=3",
+                "++saved_policy=null") == 0
+    assert sorted(str(file.relative_to(tmp_path)) for file in tmp_path.rglob("*")) == ["samples", "samples/base.json"]
+    assert len(json.loads((tmp_path / "samples/base.json").read_text())["samples"]) == 3
+
+
+def test_a_run_is_sampled_under_another_name_before_its_training(some: dict[str, Any], tmp_path: Path) -> None:
+    start = samples_of(tmp_path, "--config-path=cache/sft", "++n_samples=5", "++exp_name=start", "++saved_policy=null",
+                       name="start")
+    assert start["config"]["exp_name"] == "start"
+    assert [sample["prompt"] for sample in start["samples"]] == [sample["prompt"] for sample in some["samples"]]
+    assert [sample["policy"] for sample in start["samples"]] != [sample["policy"] for sample in some["samples"]]
+
+
+@pytest.mark.parametrize(("max_length", "longest"), [(40, 24), (20, 19)])
+def test_prompts_are_cut_by_ids_at_the_end_that_their_data_set_says(max_length: int, longest: int, tmp_path: Path,
+                                                                    monkeypatch: Patch) -> None:
+    """To max_prompt_length 24, and one id less than max_length: a file's prompts keep their end, short ones stay."""
+    seen = []
+    monkeypatch.setattr(sampling, "sample", lambda policy, tokenizer, prompts, **options: seen.extend(
+        (tokenizer.decode(ids), len(ids)) for ids in prompts) or [""] * len(prompts))
+    samples = samples_of(tmp_path, "--config-path=cache/sft", "++n_samples=30", "model.max_prompt_length=24",
+                         f"model.max_length={max_length}")["samples"]
+    assert max(length for _, length in seen) == longest
+    for (text, length), sample in zip(seen, samples, strict=True):
+        assert sample["prompt"].endswith(text) and (length == longest or sample["prompt"] == text)
+
+
+def test_sampling_is_that_of_the_run_and_of_the_command_line(monkeypatch: Patch, tmp_path: Path) -> None:
+    seen = {}
+    monkeypatch.setattr(sampling, "sample", lambda policy, tokenizer, prompts, **options: seen.update(
+        options, training=policy.training, weights=policy.lm.state_dict()) or [""] * len(prompts))
+    samples_of(tmp_path, "--config-path=cache/sft", "++n_samples=2", "++top_p=0.5", "seed=4", "human_prefix='\n[Q]\n'")
+    state = torch.load("cache/sft/LATEST/policy.pt", weights_only=True)["state"]
+    assert all(torch.equal(tensor, seen["weights"][name]) for name, tensor in state.items())
+    assert {key: seen[key] for key in ("max_length", "top_p", "seed", "stop", "batch_size", "training")} == {
+        "max_length": 40, "top_p": 0.5, "seed": 4, "stop": "\n[Q]", "batch_size": 64, "training": False}
+
+
+# Mistakes ------------------------------------------------------------------------------------------------------------
+
+BASE = ["model=tiny", "loss=sft", "datasets=[demo]", "exp_name=base"]
+
+
+@pytest.mark.parametrize(("arguments", "expected"), [
+    (["--config-path=nowhere", "++mode=sample"], ["--config-path: ", "nowhere/config.yaml"]),
+    (["--config-path=cache/sft"], ["mode: ", "'train'", "sample and eval"]),
+    (["--config-path=cache/sft", "++mode=smaple"], ["mode: ", "'smaple'", "sample"]),
+    (["--config-path=cache/sft", "++mode=eval", "++n_exampels=3"], ["n_exampels", "did you mean 'n_examples'?"]),
+    (["--config-path=cache/sft", "++mode=eval", "++saved_policy=none.pt"], ["saved_policy: ", "none.pt"]),
+    (["--config-path=cache/dpo", "++mode=eval", "++model.load_from=none.pt"], ["model.load_from: ", "cache/none.pt"]),
+    ([*BASE, "mode=sample"], ["saved_policy: ", ".cache/base/LATEST/policy.pt", "++saved_policy=null"]),
+    ([*BASE, "mode=sample", "++saved_policy=null", "datasets=[dmeo]"], ["datasets: ", "did you mean 'demo'?"]),
+    (["--config-path=cache/sft", "++mode=sample", "++n_samples=0"], ["n_samples: got 0"]),
+    (["--config-path=cache/sft", "++mode=sample", "++top_p=0"], ["top_p: got 0"]),
+], ids=lambda value: value[-1] if isinstance(value, list) else "")
+def test_a_mistake_ends_in_one_clear_message(arguments: list[str], expected: list[str], capsys: Capture) -> None:
+    code = call(evaluation.main, *arguments)
+    screen = capsys.readouterr()
+    assert screen.out == ""
+    says(code, screen.err, *expected)
+
+
+def test_a_run_without_a_checkpoint_yet_says_so(home: Path, tmp_path: Path, capsys: Capture) -> None:
+    """`config.yaml` names the policy before there is one."""
+    (tmp_path / "young").mkdir()
+    shutil.copy(home / "cache/sft/config.yaml", tmp_path / "young")
+    config = OmegaConf.load(tmp_path / "young/config.yaml")
+    config.saved_policy = "cache/young/LATEST/policy.pt"
+    OmegaConf.save(config, tmp_path / "young/config.yaml")
+    code = call(evaluation.main, f"--config-path={tmp_path / 'young'}", "++mode=eval")
+    says(code, capsys.readouterr().err, "saved_policy: ", "young/LATEST/policy.pt", "train the run first")
+
+
+def test_a_samples_folder_that_takes_no_file_is_refused_before_anything_is_sampled(
+        monkeypatch: Patch, tmp_path: Path, capsys: Capture) -> None:
+    monkeypatch.setattr(sampling, "sample", lambda *args, **options: pytest.fail("sampled for nothing"))
+    (tmp_path / "file").touch()
+    code = call(evaluation.main, "--config-path=cache/sft", *QUICK, f"samples_dir={tmp_path / 'file/samples'}")
+    says(code, capsys.readouterr().err, "samples_dir: ", str(tmp_path / "file"))
