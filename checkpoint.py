@@ -106,12 +106,11 @@ def cast_state(state: Mapping[str, Tensor], dtype: torch.dtype) -> dict[str, Ten
     return cast
 
 
-def read_states(file: Path, *, check_sum: bool = True) -> dict[str, Any]:
+def read_states(file: Path) -> dict[str, Any]:
     """A `policy.pt` (keys step_idx, state, metrics), verified; foreign code in it is not run."""
     if not file.is_file():
         raise UserError(f"{file}: no such checkpoint")
-    if check_sum:
-        verify(file)
+    verify(file)
     try:
         content = torch.load(file, map_location="cpu", weights_only=True, mmap=True)
     except Exception as error:  # torch raises whatever the damage makes it stumble over

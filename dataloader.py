@@ -91,7 +91,8 @@ class Dataset(dict[str, Example]):
                 self[prompt] = theirs
                 continue
             ours, shift = self[prompt], self[prompt].num_generations()
-            if ours.sft_target() is None and (target := theirs.sft_target()) is not None:
+            ours.sft_index = ours.sft_target()
+            if ours.sft_index is None and (target := theirs.sft_target()) is not None:
                 ours.sft_index = target + shift
             ours.desirable += [None] * (shift - len(ours.desirable))
             ours.generations += theirs.generations
@@ -160,8 +161,10 @@ def get_hh(split: str, human_prefix: str, human_suffix: str, assistant_prefix: s
     markers = Markers(human_prefix, human_suffix, assistant_prefix, assistant_suffix)
     data = Dataset(name)
     for place, row in read_rows(source, split, data_dir=data_dir):
-        if not isinstance(row.get("chosen"), str) or not isinstance(row.get("rejected"), str):
-            raise UserError(f"{place}: chosen and rejected must be transcripts, as in Anthropic/hh-rlhf")
+        for side in ("chosen", "rejected"):
+            if not isinstance(row.get(side), str):
+                raise UserError(f"{place}: {side!r} is {row.get(side)!r:.40}, where a transcript is needed, as in "
+                                "Anthropic/hh-rlhf")
         before, marker, chosen = row["chosen"].rpartition(HH_ANSWER)
         rejected = row["rejected"].removeprefix(before + marker)
         if not marker:
@@ -322,7 +325,7 @@ class DataLoader:
     """Batches of Groups, in an order that the seed fixes. A subclass says what a row is.
 
     Owns shuffling, epochs, `n_examples`, limits and KL pairs. Iterating yields lists of `Group`s: `batch_size` rows
-    each, the last of an epoch fewer. `len()` is the number of rows over all epochs, `n_batches()` of lists.
+    each, the last of an epoch fewer. `len()` is the number of rows over all epochs.
     """
 
     def rows(self, examples: list[tuple[int, Example]]) -> Iterator[Row]:
@@ -362,11 +365,6 @@ class DataLoader:
     def __len__(self) -> int:
         ends = [end for end in (self.n_epochs and self.n_epochs * len(self._rows), self.n_examples) if end]
         return min(ends or [len(self._rows)])
-
-    def n_batches(self) -> int:
-        epochs, rest = divmod(len(self), len(self._rows))
-        sizes = [len(self._rows)] * epochs + [rest]
-        return sum(math.ceil(n / self.batch_size) - (self.with_KL and n % self.batch_size == 1) for n in sizes)
 
     def __iter__(self) -> Iterator[list[Group]]:
         for rows in self._batches():

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from settings import entry_point, overridden, run_folder
-from utils import UserError, write_json
+from utils import UserError, require_writable, write_json
 
 if TYPE_CHECKING:
     from omegaconf import DictConfig
@@ -35,14 +35,14 @@ def weights_of(config: "DictConfig") -> Path | None:
     """
     folder = run_folder(config)
     here = folder / "LATEST/policy.pt"
-    if overridden("saved_policy"):
-        return None if config.saved_policy is None else Path(config.saved_policy).expanduser()
-    if here.exists():
-        return here
-    if config.saved_policy is not None:
-        return Path(config.saved_policy).expanduser()
-    raise UserError(f"saved_policy: no {here}; train the run first, name a checkpoint by ++saved_policy=PATH, or take "
-                    "the unaligned model by ++saved_policy=null")
+    if overridden("saved_policy") and config.saved_policy is None:
+        return None
+    saved = Path(config.saved_policy).expanduser() if config.saved_policy is not None else here
+    chosen = here if here.exists() and not overridden("saved_policy") else saved
+    if not chosen.exists():
+        raise UserError(f"saved_policy: no {chosen}; train the run first, name a checkpoint by ++saved_policy=PATH, or "
+                        "take the unaligned model by ++saved_policy=null")
+    return chosen
 
 
 def sample(config: "DictConfig") -> None:
@@ -55,6 +55,7 @@ def sample(config: "DictConfig") -> None:
     from dataloader import load_datasets
 
     weights = weights_of(config)
+    require_writable("samples_dir", Path(config.samples_dir).expanduser())
     examples = pick(list(load_datasets(config, "test").values()), config.n_samples, config.seed)
     tokenizer = models.load_tokenizer(config, run_folder(config))
     policy = models.load_policy(config, weights, aligned=weights is not None).eval()

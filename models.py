@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from checkpoint import cast_state, load_state, read_states, save_states, verify
 from groups import Group, encode, starts_with_bos
 from sequences import AUTO_BUDGET, Rows, cut_into_microbatches, token_logps
+from settings import MARKERS
 from utils import REPOSITORY, UserError, write_json
 
 if TYPE_CHECKING:
@@ -26,7 +27,6 @@ if TYPE_CHECKING:
     from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16, "float64": torch.float64}
-MARKERS = ("human_prefix", "human_suffix", "assistant_prefix", "assistant_suffix")
 
 
 class Policy(nn.Module):
@@ -261,7 +261,9 @@ def load_policy(config: "DictConfig", weights: Path | None = None, *, aligned: b
         if file.is_file():
             load_state(policy.reward_head, read_states(file)["state"], file)
     if config.model.activation_checkpointing and policy.train_body:
-        lm.gradient_checkpointing_enable({"use_reentrant": False})
+        # Newer versions of transformers have the new name, and warn about the old one.
+        enable = getattr(lm, "activation_checkpointing_enable", None) or lm.gradient_checkpointing_enable
+        enable({"use_reentrant": False})
         lm.train()
     return policy.to(device())
 
@@ -277,10 +279,10 @@ def load_from(config: "DictConfig") -> Path | None:
 
 
 def check_load_from(config: "DictConfig") -> None:
-    """Find out early, without reading the weights, whether `model.load_from` can be what it is taken for."""
+    """Find out early, before data and model are read, whether `model.load_from` can be what it is taken for."""
     path = load_from(config)
     if path is not None and path.is_file():
-        read_states(path, check_sum=False)
+        read_states(path)
 
 
 def read_weights(source: Path) -> dict[str, Any]:
@@ -314,6 +316,8 @@ def make_reference(config: "DictConfig", policy: Policy) -> Policy | None:
     if not config.loss.use_reference_model:
         return None
     lm: Any = copy.deepcopy(policy.lm).to(compute_dtype(config.model.reference_dtype))
+    if policy.dtype == torch.float32:
+        lm.float()  # autocast goes down only: what is stored in fewer bits would be computed in them, too
     lm.eval()  # checkpoints activations only in training mode
     return Policy(lm, dtype=policy.dtype).requires_grad_(False)
 
@@ -409,7 +413,8 @@ def as_classifier(policy: Policy, tokenizer: Any) -> "PreTrainedModel":
     settings.num_labels = 1
     spare = [id for token, id in tokenizer.get_added_vocab().items() if "pad" in token.lower()]
     candidates = [tokenizer.pad_token_id, tokenizer.unk_token_id, tokenizer.bos_token_id, *spare]
-    settings.pad_token_id = next((id for id in candidates if id not in (None, tokenizer.eos_token_id)), None)
+    settings.pad_token_id = next((id for id in candidates if id not in (None, tokenizer.eos_token_id)
+                                  and id < settings.vocab_size), None)
     if settings.pad_token_id is not None:
         tokenizer.pad_token = tokenizer.convert_ids_to_tokens(settings.pad_token_id)
     with torch.device("meta"):

@@ -57,7 +57,8 @@ class Argument:
             return any_output.new_zeros((0, 0) if self.form == "token_logps" else 0)
         if self.form == "token_logps":
             return pad_sequence(values, batch_first=True)
-        return torch.stack([value.sum() for value in values])
+        # In float64: small log-ratios are differences of large sums.
+        return torch.stack([value.double().sum() for value in values])
 
 
 def read_arguments(loss: Any, owner: str) -> list[Argument]:
@@ -104,9 +105,7 @@ class LossTrainer(BasicTrainer):
         if any(argument.form == "scores" for argument in self.asked) and not self.config.loss.reward_head:
             raise UserError(f"loss.reward_head: {type(self).__name__}.loss asks for scores; set it to true in "
                             f"config/loss/{self.config.loss.name}.yaml")
-        found_out = self.probe()
-        declared = self.config.loss.couples_examples
-        self.couples_examples = found_out if declared is None else bool(declared)
+        self.couples_examples = self.probe() or bool(self.config.loss.couples_examples)
 
     def outputs_of(self, side: str, roles: Sequence[str]) -> tuple[list[str], list[str]]:
         """(roles, kinds of output) that the loss wants of a side's model, among `roles`."""
@@ -153,8 +152,8 @@ class LossTrainer(BasicTrainer):
                                      for kind, values in here.items()})
         mean, metrics = self.measure(batch, {"policy": policy, "reference": reference}, "train")
         if not self.couples_examples and abs(parts - (whole := mean.item() * len(batch))) > 1e-3 * (abs(whole) + 1):
-            raise UserError(f"{type(self).__name__}.loss gives {parts} for the parts of a batch and {whole} for the whole "
-                            f"of it: it couples examples. Say so: couples_examples: true in config/loss/"
+            raise UserError(f"{type(self).__name__}.loss gives {parts} for the parts of a batch and {whole} for the "
+                            f"whole of it: it couples examples. Say so: couples_examples: true in config/loss/"
                             f"{self.config.loss.name}.yaml")
         return metrics
 
@@ -171,7 +170,7 @@ class LossTrainer(BasicTrainer):
             metrics.add(f"rewards_{mode}/chosen", chosen_rewards)
             metrics.add(f"rewards_{mode}/rejected", rejected_rewards)
             self.compare_rewards(batch, chosen_rewards, rejected_rewards, mode, metrics)
-        logps = {side: {item: value.sum() for item, value in found[side].get("token_logps", {}).items()}
+        logps = {side: {item: value.double().sum() for item, value in found[side].get("token_logps", {}).items()}
                  for side in found}
         for role in TRAINED:
             metrics.add(f"logps_{mode}/{role}",
@@ -195,7 +194,7 @@ class LossTrainer(BasicTrainer):
         generator = torch.Generator().manual_seed(0)
         roles = list(dict.fromkeys(argument.role for argument in self.asked if argument.trained))
         # An example is the set of (role, number) that it consists of, in the order of the losses.
-        examples = ([{(role, i) for role in roles} for i in range(PROBED)] if self.paired else
+        examples = ([{(role, i) for role in TRAINED} for i in range(PROBED)] if self.paired else
                     [{(role, i)} for role in sorted(roles) for i in range(PROBED)])
         for _ in range(PROBES):
             values = _probe_values(self.asked, generator)

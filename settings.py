@@ -4,6 +4,7 @@ Hydra composes `config/`; around it stand three things that it does not do by it
 any key may be set without a `+`, and a key that nobody reads is an error that names the nearest one.
 """
 
+import math
 import os
 import re
 import sys
@@ -21,6 +22,7 @@ GROUPS = ("model", "loss")
 # What every loss's YAML may declare; those with ??? it must.
 LOSS = {"name": "???", "trainer": "???", "dataloader": "???", "use_reference_model": "???", "reward_head": False,
         "couples_examples": None}
+MARKERS = ("human_prefix", "human_suffix", "assistant_prefix", "assistant_suffix")
 MODES = ("train", "eval", "sample")
 QUIET = ("hydra.run.dir=.", "hydra.output_subdir=null", "hydra/job_logging=none", "hydra/hydra_logging=none")
 
@@ -31,25 +33,26 @@ def prepare_arguments(arguments: list[str]) -> list[str]:
     `--config-path=RUN/config.yaml` (or RUN) becomes an absolute folder and a name; `config.KEY=` and `KEY=` become
     `++KEY=`, so that an unknown key reaches `check`, which knows more about it than Hydra does.
     """
-    prepared = []
+    options, overrides = [], []  # in this order, which argparse wants
     pending = list(arguments)
     while pending:
         argument = pending.pop(0)
         if argument in ("--config-path", "-cp") and pending:
             argument = f"--config-path={pending.pop(0)}"
         if argument.startswith("--config-path="):
-            prepared += _saved_config(argument.split("=", 1)[1])
+            options += _saved_config(argument.split("=", 1)[1])
+            overrides += QUIET
         elif match := re.match(r"^(\+{0,2})(?:config\.)?([A-Za-z_][\w.]*)=(.*)$", argument, re.DOTALL):
             plus, key, value = match.groups()
             group = key.split(".")[0] == "hydra" or (key in GROUPS and not plus)
-            prepared.append(argument if group else f"++{key}={value}")
+            overrides.append(argument if group else f"++{key}={value}")
         else:
-            prepared.append(argument)
-    if {"--help", "-h"} & set(prepared):
-        chosen = {argument.split("=")[0] for argument in prepared}
-        prepared += [f"{group}={name}" for group, name in (("model", "base_model"), ("loss", "kto"))
-                     if group not in chosen]
-    return prepared
+            (overrides if argument.startswith("~") else options).append(argument)
+    if {"--help", "-h"} & set(options):
+        chosen = {argument.split("=")[0] for argument in overrides}
+        overrides += [f"{group}={name}" for group, name in (("model", "base_model"), ("loss", "kto"))
+                      if group not in chosen]
+    return options + overrides
 
 
 def _saved_config(path: str) -> list[str]:
@@ -59,7 +62,7 @@ def _saved_config(path: str) -> list[str]:
         folder, name = folder.parent, folder.name
     if not (folder / name).is_file():
         raise UserError(f"--config-path: no file {folder / name}; give the folder of a run, or its config.yaml")
-    return [f"--config-path={folder}", f"--config-name={Path(name).stem}", *QUIET]
+    return [f"--config-path={folder}", f"--config-name={Path(name).stem}"]
 
 
 def entry_point(run: Callable[[DictConfig], None]) -> Callable[[], None]:
@@ -185,22 +188,17 @@ def leaves(node: DictConfig | dict[Any, Any], prefix: str = "") -> Iterator[tupl
 
 
 def _check_values(config: DictConfig, defaults: DictConfig) -> None:
-    for key, default in leaves(defaults):
-        value = OmegaConf.select(config, key)
-        if isinstance(default, bool):
-            _require(isinstance(value, bool), key, value, "true or false")
-        elif isinstance(default, (int, float)) and value is not None:
-            number = isinstance(value, (int, float)) and not isinstance(value, bool)
-            _require(number, key, value, "a number")
-            if isinstance(default, int):
-                _require(value == int(value), key, value, "a whole number")
+    for marker in MARKERS:
+        config[marker] = "" if config[marker] is None else config[marker]
+    config.datasets = [config.datasets] if isinstance(config.datasets, str) else config.datasets
     for key, (allowed, words) in RULES.items():
         value = OmegaConf.select(config, key)
         _require(allowed(value), key, value, words)
-    if isinstance(config.datasets, str):
-        config.datasets = [config.datasets]
-    _require(isinstance(config.datasets, ListConfig) and len(config.datasets) > 0, "datasets", config.datasets,
-             "a list of names or files, as in datasets=[shp,hh]")
+    for key, default in leaves(defaults):
+        value = OmegaConf.select(config, key)
+        for kind, (allowed, words) in KINDS.items():
+            if type(default) is kind and default != "???" and key not in RULES:
+                _require(allowed(value), key, value, words)
     if config.mode == "train" and config.eval_every < config.model.batch_size:
         raise UserError(f"eval_every: {config.eval_every} examples are fewer than a batch (model.batch_size "
                         f"{config.model.batch_size}); an evaluation falls between batches")
@@ -212,12 +210,17 @@ def _require(condition: bool, key: str, value: object, allowed: str) -> None:
 
 
 def _number(value: object) -> TypeGuard[float]:
-    return isinstance(value, (int, float)) and not isinstance(value, bool)
+    return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
+
+
+def _whole(value: object) -> TypeGuard[int]:
+    return _number(value) and value == int(value)
 
 
 def _at_least(least: float, *, optional: bool = False, whole: bool = True) -> tuple[Callable[[Any], bool], str]:
+    kind = _whole if whole else _number
     words = f"{'a whole number' if whole else 'a number'} of at least {least}{', or null' if optional else ''}"
-    return (lambda v: (v is None and optional) or (_number(v) and v >= least and (not whole or v == int(v)))), words
+    return (lambda value: (value is None and optional) or (kind(value) and value >= least)), words
 
 
 def _fraction(value: object) -> bool:
@@ -228,9 +231,20 @@ def _one_of(*names: object) -> tuple[Callable[[Any], bool], str]:
     return (lambda value: value in names), "one of " + ", ".join(str(name) for name in names)
 
 
+# What a setting may be whose default is of this type, where RULES does not say more.
+KINDS: dict[type, tuple[Callable[[Any], bool], str]] = {
+    bool: (lambda value: isinstance(value, bool), "true or false"),
+    int: (_whole, "a whole number"),
+    float: (_number, "a number"),
+    str: (lambda value: isinstance(value, str), "text"),
+}
+
 RULES: dict[str, tuple[Callable[[Any], bool], str]] = {
-    "exp_name": (lambda v: isinstance(v, (str, int)) and bool(re.fullmatch(r"[\w.+=-]+", str(v))),
+    "exp_name": (lambda v: isinstance(v, (str, int)) and bool(re.fullmatch(r"(?!\.+$)[\w.+=-]+", str(v))),
                  "a name of letters, digits and . _ + = - (it becomes a folder)"),
+    "datasets": (lambda v: isinstance(v, ListConfig) and len(v) > 0 and all(isinstance(name, str) for name in v),
+                 "a list of names or files, as in datasets=[shp,hh]"),
+    "seed": _at_least(0),
     "mode": _one_of(*MODES),
     "export_dtype": _one_of("float32", "bfloat16"),
     "lr": ((lambda v: _number(v) and v > 0), "a number above 0"),

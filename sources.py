@@ -135,13 +135,17 @@ def _split_of(place: str, row: Row) -> str:
 
 
 def _is_held_out(row: Row) -> bool:
-    """By the text of the prompt, so that rows of one prompt stay together and order does not matter."""
-    prompt = row.get("prompt")
-    if prompt is None:
-        turns = row.get("messages", row.get("chosen"))
-        if isinstance(turns, list):
-            prompt = turns[:-1]
-        else:  # a transcript: all but the last reply
-            prompt = str(turns).rpartition("\n\nAssistant:")[0] or turns
-    digest = hashlib.sha256(json.dumps(prompt, sort_keys=True, default=str).encode()).digest()
+    """By the text of the prompt, so that rows of one prompt stay together and neither order nor shape matters."""
+    digest = hashlib.sha256(_prompt_text(row).encode()).digest()
     return int.from_bytes(digest[:8], "big") < HELD_OUT * 2**64
+
+
+def _prompt_text(row: Row) -> str:
+    for key in ("prompt", "messages", "chosen"):
+        value = row.get(key)
+        if isinstance(value, list):
+            turns = value if key == "prompt" else value[:-1]
+            return "\n".join(str(turn.get("content") if isinstance(turn, dict) else turn) for turn in turns)
+        if value is not None:  # a prompt, or a transcript: all but the last reply
+            return str(value) if key == "prompt" else str(value).rpartition("\n\nAssistant:")[0] or str(value)
+    return json.dumps(row, sort_keys=True, default=str)

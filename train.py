@@ -1,12 +1,11 @@
 """Align a model: `python train.py loss=kto model=llama7b datasets=[shp,hh,oasst] exp_name=my_run`."""
 
-import os
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from settings import entry_point
-from utils import UserError, write_atomically
+from utils import UserError, require_writable, write_atomically
 
 if TYPE_CHECKING:
     from omegaconf import DictConfig
@@ -19,7 +18,7 @@ def run(config: "DictConfig") -> None:
                         "--config-path=RUN/config.yaml")
     folder = Path(config.local_run_dir).expanduser()
     config.saved_policy = config.saved_policy or str(folder / "LATEST/policy.pt")
-    require_writable(folder)
+    require_writable("cache_dir", folder)
 
     import models
     from dataloader import make_loader
@@ -44,13 +43,6 @@ def run(config: "DictConfig") -> None:
           f"{len(eval_loader):,} held-out examples, on {policy.device} in {str(policy.dtype).removeprefix('torch.')}; "
           f"writes {folder}", file=sys.stderr)
     trainer.train()
-
-
-def require_writable(folder: Path) -> None:
-    """Errors: `UserError` where the run's folder cannot be made."""
-    existing = next(parent for parent in (folder, *folder.absolute().parents) if parent.exists())
-    if not existing.is_dir() or not os.access(existing, os.W_OK):
-        raise UserError(f"cache_dir: the run writes to {folder}, and {existing} is not a folder that may be written to")
 
 
 def prepare_folder(config: "DictConfig", tokenizer: object, folder: Path) -> None:

@@ -40,6 +40,19 @@ def write_atomically(path: Path, write: Callable[[IO[bytes]], Any]) -> None:
         raise
 
 
+def require_writable(key: str, folder: Path) -> None:
+    """Find out now whether `folder`, which the setting `key` leads to, can be made and written to later.
+
+    Errors: `UserError`.
+    """
+    existing = next(parent for parent in (folder, *folder.absolute().parents) if parent.exists())
+    try:
+        with tempfile.TemporaryDirectory(dir=existing, prefix=".halos-"):
+            pass
+    except OSError as error:
+        raise UserError(f"{key}: {folder} cannot be written to: {existing}: {error.strerror}") from None
+
+
 def write_json(path: Path, value: Any) -> None:
     """Write `value` as indented JSON, atomically; NaN and infinity are refused, not written as invalid JSON."""
     text = json.dumps(value, indent=2, ensure_ascii=False, allow_nan=False) + "\n"

@@ -63,9 +63,9 @@ def during(run: Path, examples: int) -> dict[str, float]:
     return {name: value for name, value in line.items() if not name.startswith("counters/")}
 
 
-def samples_of(folder: Path, *arguments: str, name: str = "sft") -> dict[str, Any]:
-    """The samples file that `eval.py` writes with these arguments."""
-    assert call(evaluation.main, *QUICK, f"samples_dir={folder}", *arguments) == 0
+def samples_of(folder: Path, source: str, *arguments: str, name: str = "sft") -> dict[str, Any]:
+    """The samples file that `eval.py` writes with these arguments; source: the first of them, a run or a model."""
+    assert call(evaluation.main, source, *QUICK, f"samples_dir={folder}", *arguments) == 0
     return json.loads((folder / f"{name}.json").read_text())
 
 

@@ -652,28 +652,53 @@ def scores(policy: Policy, groups: list[Group]) -> dict[tuple[int, str], float]:
 
 
 @pytest.mark.parametrize("family", ["llama", "tied-llama", "gptneox"])
-@pytest.mark.parametrize("pad", [None, "eos", "other"])
+@pytest.mark.parametrize("padding", ["its own", "eos", "eos, with a BOS"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_an_exported_reward_model_gives_the_same_score(tmp_path: Path, tokenizer: PreTrainedTokenizerBase, family: str,
-                                                       pad: str | None, dtype: torch.dtype) -> None:
-    """Of one unpadded sequence that ends in EOS (2), as every completion does; models pad with nothing (Llama), with
-    EOS, or with an id of their own."""
+def test_an_exported_reward_model_gives_the_same_score(tmp_path: Path, bos_folder: Path, family: str, padding: str,
+                                                       dtype: torch.dtype) -> None:
+    """Of unpadded sequences that end in EOS (0), as every completion does. The tokenizer pads with an id of its own,
+    1, or as Llama's with EOS; a BOS (512) beyond the model's 61 ids is nothing that it could pad with."""
+    tokenizer = models.load_tokenizer(toy_config(
+        model__tokenizer_name_or_path=str(bos_folder if "BOS" in padding else TINY)))
+    tokenizer.pad_token_id = 1 if padding == "its own" else tokenizer.eos_token_id
     lm = toy_lm(family, dtype=torch.float32)
     lm.config = copy.deepcopy(lm.config)
-    lm.config.eos_token_id, lm.config.pad_token_id = 2, {None: None, "eos": 2, "other": 1}[pad]
+    lm.config.eos_token_id, lm.config.pad_token_id = 0, {"its own": None, "eos": 0, "eos, with a BOS": None}[padding]
     policy = reward_policy(lm)
-    groups = [Group(group.prompt, {role: [*ids, 2] for role, ids in group.completions.items()}, group.key)
+    groups = [Group(group.prompt, {role: [*ids, 0] for role, ids in group.completions.items()}, group.key)
               for group in toy_groups(3)]
     save_policy(policy, tokenizer, tmp_path, 7, {"loss/eval": 0.5}, dtype)
 
-    classifier = AutoModelForSequenceClassification.from_pretrained(tmp_path / "export", dtype=torch.float32).eval()
+    classifier = AutoModelForSequenceClassification.from_pretrained(tmp_path / "export").eval()
+    assert classifier.dtype == dtype
     expected = Policy(rounded(policy, dtype).lm, reward_head=True)
     head(expected).weight.data.copy_(head(policy).weight.to(dtype))
-    for (number, role), value in scores(expected, groups).items():
-        ids = torch.tensor([[*groups[number].prompt, *groups[number].completions[role]]])
-        with torch.no_grad():
-            (logits,) = classifier(ids).logits
-        assert logits.tolist() == pytest.approx([value], rel=1e-4, abs=1e-4)
+    rewards, found = scores(expected, groups), {}
+    sequences = {(i, role): [*groups[i].prompt, *groups[i].completions[role]] for i, role in rewards}
+    with torch.no_grad():
+        for item, ids in sequences.items():
+            found[item] = classifier.float()(torch.tensor([ids])).logits.item()
+        assert found == pytest.approx(rewards, rel=1e-4, abs=1e-4)
+        if padding == "its own":  # a padded batch as well
+            longest = max(map(len, sequences.values()))
+            pad = AutoTokenizer.from_pretrained(tmp_path / "export").pad_token_id
+            batch = torch.tensor([ids + [pad] * (longest - len(ids)) for ids in sequences.values()])
+            logits = classifier(batch, attention_mask=(batch != pad).long()).logits
+            assert logits[:, 0].tolist() == pytest.approx([rewards[item] for item in sequences], rel=1e-4, abs=1e-4)
+
+
+def test_saving_a_reward_model_leaves_the_tokenizer_and_the_policy_as_they_are(tmp_path: Path) -> None:
+    tokenizer = models.load_tokenizer(toy_config())
+    tokenizer.pad_token = tokenizer.eos_token
+    policy = reward_policy(trained(toy_config("bradley-terry")).lm)
+    before, settings = copy.deepcopy(policy.state_dict()), policy.lm.config.to_dict()
+    save_policy(policy, tokenizer, tmp_path, 7, {}, torch.bfloat16)
+    assert tokenizer.pad_token == tokenizer.eos_token
+    assert all(torch.equal(tensor, before[name]) for name, tensor in policy.state_dict().items())
+    assert all(parameter.requires_grad and parameter.dtype == torch.float32 for parameter in policy.parameters())
+    after = policy.lm.config.to_dict()
+    assert {key: after[key] for key in settings if key != "dtype"} == {
+        key: settings[key] for key in settings if key != "dtype"}
 
 
 def test_the_reward_head_is_saved_in_float32_and_read_back(tmp_path: Path, tokenizer: PreTrainedTokenizerBase) -> None:

@@ -447,16 +447,25 @@ def test_a_loss_may_want_a_side_from_the_reference_alone(budget: str) -> None:
     assert trainer.accumulate(batch, 5).means()["loss/train"] == pytest.approx(loss, rel=1e-8)
 
 
-def test_what_the_yaml_says_about_coupling_comes_before_the_probe() -> None:
-    assert make_trainer("dpo", loss__couples_examples=True).couples_examples
+@pytest.mark.parametrize(("loss", "declared"), [("dpo", True), ("coupled", False), ("coupled", True)])
+def test_a_yaml_may_declare_a_coupling_and_cannot_deny_one(loss: str, declared: bool) -> None:
+    assert make_trainer(loss, loss__couples_examples=declared).couples_examples
 
 
-def test_a_coupling_that_is_denied_is_found_out_when_a_batch_is_cut() -> None:
-    """The losses of the parts do not add up to the whole's; an uncut batch is still right."""
-    batch = make_batch("coupled")
-    make_trainer("coupled", loss__couples_examples=False).accumulate(batch, len(batch))
+def test_a_coupling_that_the_probe_does_not_see_is_refused_when_a_batch_is_cut() -> None:
+    """This one shows from 4 examples on, and the probe has 3: the parts' losses do not add up to the whole's."""
+
+    class Late(PairedPreferenceTrainer):
+        def loss(self, policy_chosen_logps: Tensor) -> Losses:
+            baseline = policy_chosen_logps.mean() if len(policy_chosen_logps) > 3 else 0
+            return (policy_chosen_logps - baseline) ** 2, None, None
+
+    batch = toy_groups(7, "chosen")
+    assert not make_trainer(Late).couples_examples
+    make_trainer(Late).accumulate(batch, len(batch))  # uncut, it is right all the same
     with pytest.raises(UserError, match=r"it couples examples\. Say so: couples_examples: true in config/loss/"):
-        make_trainer("coupled", loss__couples_examples=False, budget="single", loss__beta=1.0).accumulate(batch, 7)
+        make_trainer(Late, budget="single").accumulate(batch, len(batch))
+    make_trainer(Late, budget="single", loss__couples_examples=True).accumulate(batch, len(batch))
 
 
 # What is refused ------------------------------------------------------------------------------------------------------

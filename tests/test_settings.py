@@ -109,6 +109,14 @@ def test_the_config_path_is_a_runs_folder_or_its_file(spelling: list[str], given
     assert rest[-1] == "++mode=sample"
 
 
+@pytest.mark.parametrize("place", [0, 1, 2])
+def test_the_config_path_may_stand_anywhere(place: int, tmp_path: Path) -> None:
+    typed = ["++mode=sample", "++n_samples=7"]
+    typed.insert(place, f"--config-path={save_run(tmp_path)}")
+    config = settle(*typed)
+    assert (config.mode, config.n_samples) == ("sample", 7)
+
+
 def test_a_config_file_may_have_another_name(tmp_path: Path) -> None:
     (save_run(tmp_path) / "config.yaml").rename(tmp_path / "mine.yaml")
     assert settle(f"--config-path={tmp_path / 'mine.yaml'}").exp_name == "toy"
@@ -182,6 +190,7 @@ def test_a_missing_model_or_loss_lists_the_choices(group: str, choice: str, caps
 
 
 BAD = {
+    "datasets": 3,
     "exp_name": "a/b", "mode": "trian", "seed": -1, "export_dtype": "float16", "lr": 0, "n_epochs": 0, "n_examples": -1,
     "n_samples": 0, "n_eval_examples": 0, "warmup_steps": -1, "eval_every": 0, "checkpoint_minutes": -0.5,
     "minimum_log_interval_secs": -1, "top_p": 0, "frac_unique_desirable": 1.5, "frac_unique_undesirable": 0,
@@ -303,7 +312,8 @@ def test_the_command_line_wins_over_a_saved_config(tmp_path: Path) -> None:
 def test_a_config_of_a_loss_that_is_not_here_keeps_its_keys(tmp_path: Path) -> None:
     loss = {"name": "mine", "trainer": "KTOTrainer", "dataloader": "UnpairedPreferenceDataLoader",
             "use_reference_model": True, "gamma": 0.3}
-    assert settle(f"--config-path={save_run(tmp_path, loss=loss)}").loss == {**loss, "reward_head": False}
+    assert settle(f"--config-path={save_run(tmp_path, loss=loss)}").loss == {**loss, "reward_head": False,
+                                                                        "couples_examples": None}
 
 
 # What the command line said ------------------------------------------------------------------------------------------
@@ -406,7 +416,7 @@ def test_the_defaults_are_those_of_the_contract() -> None:
              "beta": 0.1, "desirable_weight": 1.0, "undesirable_weight": 1.0}),
 ])
 def test_the_losses_keys_are_those_of_the_contract(loss: str, keys: dict[str, object]) -> None:
-    assert schema(loss).loss == {"name": loss, "reward_head": False, **keys}
+    assert schema(loss).loss == {"name": loss, "reward_head": False, "couples_examples": None, **keys}
 
 
 @pytest.mark.parametrize(("model", "name", "block", "flash"), [
