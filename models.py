@@ -40,12 +40,13 @@ class Policy(nn.Module):
         self.dtype = dtype or next(lm.parameters()).dtype
         self.train_body = train_body
         self.window: int | None = getattr(lm.config, "sliding_window", None)
-        self.reward_head = None
+        self.reward_head: nn.Linear | None = None
         if reward_head:
             kept = torch.promote_types(next(lm.parameters()).dtype, torch.float32)
             # Every reward starts at 0: nothing is drawn.
-            self.reward_head = nn.utils.skip_init(nn.Linear, lm.config.hidden_size, 1, bias=False, dtype=kept)
-            nn.init.zeros_(self.reward_head.weight)
+            head: Any = nn.utils.skip_init(nn.Linear, lm.config.hidden_size, 1, bias=False, dtype=kept)
+            nn.init.zeros_(head.weight)
+            self.reward_head = head
         self.remembered: dict[bytes, Tensor] = {}  # what a frozen body gave for a completion
         lm.requires_grad_(train_body)
 

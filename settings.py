@@ -218,7 +218,7 @@ def _whole(value: object) -> TypeGuard[int]:
 
 
 def _at_least(least: float, *, optional: bool = False, whole: bool = True) -> tuple[Callable[[Any], bool], str]:
-    kind = _whole if whole else _number
+    kind: Callable[[Any], bool] = _whole if whole else _number
     words = f"{'a whole number' if whole else 'a number'} of at least {least}{', or null' if optional else ''}"
     return (lambda value: (value is None and optional) or (kind(value) and value >= least)), words
 

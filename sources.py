@@ -92,9 +92,9 @@ def _parquet(path: Path) -> Iterator[tuple[str, Row]]:
 
 
 def _json(path: Path) -> Iterator[tuple[str, Any]]:
-    opened = gzip.open(path, "rt", encoding="utf-8") if path.suffix == ".gz" else path.open(encoding="utf-8")
+    open_text = gzip.open if path.suffix == ".gz" else open
     try:
-        with opened as file:
+        with open_text(path, "rt", encoding="utf-8") as file:
             for number, line in enumerate(file, 1):
                 if line.lstrip().startswith("[") and ".json" in path.suffixes:  # one array, not a row a line
                     rows = _parsed(line + file.read(), path, number)

@@ -616,7 +616,8 @@ def test_every_row_comes_once_an_epoch_in_an_order_of_its_own(kind: str, with_KL
 @pytest.mark.parametrize("with_KL", [False, True])
 @pytest.mark.parametrize("n_epochs", [None, 1, 3])
 @pytest.mark.parametrize("n", [2, 5, 8])
-def test_the_length_agrees_with_what_comes_and_no_batch_is_too_large(n: int, n_epochs: int | None, with_KL: bool) -> None:
+def test_the_length_agrees_with_what_comes_and_no_batch_is_too_large(n: int, n_epochs: int | None,
+                                                                     with_KL: bool) -> None:
     """min(n_epochs * n, n_examples) rows, where an end that is null is none; one epoch where both are.
 
     No batch is larger than batch_size, but for a row that would be alone in a KL batch: the last of an epoch, and

@@ -80,6 +80,7 @@ def test_an_evaluation_repeats_the_last_one_of_the_run(loss: str, home: Path,
     assert found["results"] != pytest.approx(during(home / "cache" / loss, 0), rel=1e-5, abs=1e-7)
     assert found["metadata"]["exp_name"] == loss and found["metadata"]["split"] == "test"
     assert json.loads((home / "cache" / loss / "eval.json").read_text()) == found
+    assert [path.name for path in home.iterdir()] == ["cache"]
 
 
 def test_a_runs_folder_is_as_good_as_its_config(home: Path, report: Callable[..., dict[str, Any]]) -> None:
@@ -112,9 +113,13 @@ def test_the_tokenizer_of_a_run_is_the_one_in_its_folder(home: Path, tmp_path: P
     assert found["results"] == pytest.approx(during(run, 16), rel=1e-5)
 
 
-def test_an_explicit_null_is_the_model_before_any_training(home: Path, report: Callable[..., dict[str, Any]]) -> None:
-    found = report("--config-path=cache/sft", "++saved_policy=null")
-    assert found["results"] == pytest.approx(during(home / "cache/sft", 0), rel=1e-5)
+@pytest.mark.parametrize("loss", ["sft", "dpo"])
+def test_an_explicit_null_is_the_model_before_any_training(loss: str, home: Path,
+                                                           report: Callable[..., dict[str, Any]]) -> None:
+    """Before that of `load_from` too: dpo's chosen completions are sft's."""
+    found = report(f"--config-path=cache/{loss}", "++saved_policy=null")
+    before = during(home / "cache/sft", 0)["logps_eval/chosen"]
+    assert found["results"]["logps_eval/chosen"] == pytest.approx(before, rel=1e-5)
     assert found["metadata"]["policy"] == "examples/tiny"
 
 
@@ -233,12 +238,14 @@ def test_a_model_can_be_sampled_without_a_run(tmp_path: Path, monkeypatch: Patch
     assert len(json.loads((tmp_path / "samples/base.json").read_text())["samples"]) == 3
 
 
-def test_a_run_is_sampled_under_another_name_before_its_training(some: dict[str, Any], tmp_path: Path) -> None:
-    start = samples_of(tmp_path, "--config-path=cache/sft", "++n_samples=5", "++exp_name=start", "++saved_policy=null",
+def test_a_run_is_sampled_under_another_name_before_any_training(some: dict[str, Any], tmp_path: Path) -> None:
+    """As the model that it was made of is without a run, not as that of `load_from`."""
+    start = samples_of(tmp_path, "--config-path=cache/kto", "++n_samples=5", "++exp_name=start", "++saved_policy=null",
                        name="start")
-    assert start["config"]["exp_name"] == "start"
-    assert [sample["prompt"] for sample in start["samples"]] == [sample["prompt"] for sample in some["samples"]]
-    assert [sample["policy"] for sample in start["samples"]] != [sample["policy"] for sample in some["samples"]]
+    model = samples_of(tmp_path, "model=tiny", "loss=sft", "datasets=[demo]", "exp_name=base", "++n_samples=5",
+                       "++saved_policy=null", "assistant_suffix='<|end|>\n'", name="base")
+    assert (start["config"]["exp_name"], model["config"]["exp_name"]) == ("start", "base")
+    assert start["samples"] == model["samples"] != some["samples"]
 
 
 @pytest.mark.parametrize(("max_length", "longest"), [(40, 24), (20, 19)])

@@ -139,7 +139,7 @@ def test_a_config_path_without_a_config_says_what_is_missing(given: str, tmp_pat
 
 def test_help_needs_no_model_and_no_loss(monkeypatch: Patch, capsys: Capture) -> None:
     assert prepare_arguments(["--help"]) == ["--help", "model=base_model", "loss=kto"]
-    assert prepare_arguments(["loss=dpo", "--help"]) == ["loss=dpo", "--help", "model=base_model"]
+    assert prepare_arguments(["loss=dpo", "--help"]) == ["--help", "loss=dpo", "model=base_model"]
     with pytest.raises(SystemExit) as stopped:
         settle("--help")
     screen = capsys.readouterr().out
@@ -166,6 +166,26 @@ def test_an_unknown_key_is_an_error_that_names_the_nearest_one(typed: str, key: 
     assert message.startswith(f"{key}: no such setting")
     if meant:
         assert f"did you mean {meant!r}?" in message
+
+
+MINE = {"name": "mine", "trainer": "KTOTrainer", "dataloader": "UnpairedPreferenceDataLoader",
+        "use_reference_model": True}
+
+
+def test_the_keys_of_a_new_loss_are_known_by_its_file_alone(tmp_path: Path, capsys: Capture) -> None:
+    (tmp_path / "loss").mkdir()
+    OmegaConf.save(OmegaConf.create({**MINE, "gamma": 0.3}), tmp_path / "loss/mine.yaml")
+    typed = [f"--config-dir={tmp_path}", *BASE, "loss=mine"]
+    assert settle(*typed, "loss.gamma=0.5").loss == {**MINE, "gamma": 0.5, "reward_head": False}
+    assert "did you mean 'loss.gamma'?" in refusal(capsys, *typed, "loss.gama=0.5")
+
+
+@pytest.mark.parametrize("key", MINE)
+def test_a_loss_without_what_every_loss_has_is_refused(key: str, tmp_path: Path, capsys: Capture) -> None:
+    (tmp_path / "loss").mkdir()
+    OmegaConf.save(OmegaConf.create({name: value for name, value in MINE.items() if name != key}),
+                   tmp_path / "loss/mine.yaml")
+    assert refusal(capsys, f"--config-dir={tmp_path}", *BASE, "loss=mine").startswith(f"loss.{key}: required")
 
 
 def test_a_key_of_another_loss_is_unknown(capsys: Capture) -> None:
@@ -309,11 +329,10 @@ def test_the_command_line_wins_over_a_saved_config(tmp_path: Path) -> None:
     assert (config.n_samples, config.model.eval_batch_size) == (7, 3)
 
 
-def test_a_config_of_a_loss_that_is_not_here_keeps_its_keys(tmp_path: Path) -> None:
-    loss = {"name": "mine", "trainer": "KTOTrainer", "dataloader": "UnpairedPreferenceDataLoader",
-            "use_reference_model": True, "gamma": 0.3}
-    assert settle(f"--config-path={save_run(tmp_path, loss=loss)}").loss == {**loss, "reward_head": False,
-                                                                        "couples_examples": None}
+def test_a_config_of_a_loss_that_is_not_here_keeps_its_keys(tmp_path: Path, capsys: Capture) -> None:
+    loss = {**MINE, "gamma": 0.3}
+    assert settle(f"--config-path={save_run(tmp_path, loss=loss)}").loss == {**loss, "reward_head": False}
+    assert capsys.readouterr().err == ""
 
 
 # What the command line said ------------------------------------------------------------------------------------------

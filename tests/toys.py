@@ -1,5 +1,6 @@
 """Small stand-ins that tests share: settings, models of several families, groups with random ids."""
 
+import copy
 import random
 from typing import Any
 
@@ -22,7 +23,7 @@ FAMILIES = {
 }
 
 
-def toy_config(loss: str = "dpo", **overrides: Any) -> DictConfig:
+def toy_config(loss: str | None = "dpo", **overrides: Any) -> DictConfig:
     """A checked run's settings: the defaults, the loss's YAML, `model__batch_size=4` and the like on top."""
     config = schema(loss)
     config.update({"exp_name": "toy", "datasets": ["demo"], "cache_dir": "unused", "local_run_dir": "unused",
@@ -39,7 +40,7 @@ def toy_lm(family: str = "llama", seed: int = 0, dtype: torch.dtype = torch.floa
     """Random weights, larger than usual so that log-probs differ between tokens and positions."""
     with torch.random.fork_rng():
         torch.manual_seed(seed)
-        lm = AutoModelForCausalLM.from_config(without_dropout(FAMILIES[family]))
+        lm = AutoModelForCausalLM.from_config(without_dropout(copy.deepcopy(FAMILIES[family])))
     with torch.no_grad():
         for parameter in lm.parameters():
             if parameter.ndim > 1:
