@@ -127,7 +127,8 @@ def evaluate(config: "DictConfig") -> None:
                            "evaluated_at": datetime.now().astimezone().isoformat(timespec="seconds")},
               "results": trainer.evaluate()}
     print(json.dumps(report, indent=2))
-    write_json(folder / "eval.json", report)
+    which = "" if not overridden("saved_policy") else f"-{weights.parent.name}" if weights else "-unaligned"
+    write_json(folder / f"eval{which}.json", report)
 
 
 main = entry_point(run)

@@ -50,6 +50,7 @@ class _Batch:
         self.policy, self.tokenizer = policy, tokenizer
         self.numbers = list(prompts)  # of the prompts whose rows are in the batch, in order
         self.room = {i: max_length - len(ids) for i, ids in prompts.items()}
+        assert min(self.room.values()) > 0, "a prompt leaves no room for an answer"
         self.written: dict[int, list[int]] = {i: [] for i in prompts}
         self.chance = {i: np.random.default_rng([seed, i]) for i in prompts}
         self.done: set[int] = set()

@@ -45,9 +45,10 @@ def prepare_arguments(arguments: list[str]) -> list[str]:
         elif match := re.match(r"^(\+{0,2})(?:config\.)?([A-Za-z_][\w.]*)=(.*)$", argument, re.DOTALL):
             plus, key, value = match.groups()
             group = key.split(".")[0] == "hydra" or (key in GROUPS and not plus)
-            overrides.append(argument if group else f"++{key}={value}")
+            overrides.append(f"{plus}{key}={value}" if group else f"++{key}={value}")
         else:
-            (overrides if argument.startswith("~") else options).append(argument)
+            override = argument.startswith("~") or ("=" in argument and not argument.startswith("-"))
+            (overrides if override else options).append(argument)
     if {"--help", "-h"} & set(options):
         chosen = {argument.split("=")[0] for argument in overrides}
         overrides += [f"{group}={name}" for group, name in (("model", "base_model"), ("loss", "kto"))
@@ -58,7 +59,7 @@ def prepare_arguments(arguments: list[str]) -> list[str]:
 def _saved_config(path: str) -> list[str]:
     folder = Path(path).expanduser().absolute()
     name = "config.yaml"
-    if folder.suffix in (".yaml", ".yml"):
+    if folder.suffix == ".yaml":
         folder, name = folder.parent, folder.name
     if not (folder / name).is_file():
         raise UserError(f"--config-path: no file {folder / name}; give the folder of a run, or its config.yaml")
@@ -218,9 +219,12 @@ def _whole(value: object) -> TypeGuard[int]:
 
 
 def _at_least(least: float, *, optional: bool = False, whole: bool = True) -> tuple[Callable[[Any], bool], str]:
-    kind: Callable[[Any], bool] = _whole if whole else _number
     words = f"{'a whole number' if whole else 'a number'} of at least {least}{', or null' if optional else ''}"
-    return (lambda value: (value is None and optional) or (kind(value) and value >= least)), words
+
+    def allowed(value: Any) -> bool:
+        return (value is None and optional) or (_number(value) and (_whole(value) or not whole) and value >= least)
+
+    return allowed, words
 
 
 def _fraction(value: object) -> bool:

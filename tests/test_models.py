@@ -766,11 +766,12 @@ def test_a_frozen_body_scores_the_same_the_second_time_and_only_the_head_gets_a_
 
 @pytest.fixture
 def reward_run(tmp_path: Path, tokenizer: PreTrainedTokenizerBase) -> tuple[Path, Policy]:
-    """What a run of bradley-terry leaves behind."""
+    """What a run of bradley-terry leaves behind; the tokenizer and the weights that it began with are gone."""
     config = toy_config("bradley-terry", exp_name="rm")
     policy = reward_policy(trained(config).lm)
     run = tmp_path / "rm"
     save_run(policy, tokenizer, run)
+    config.model.update({"tokenizer_name_or_path": "/moved/away", "load_from": "sft/moved/away.pt"})
     OmegaConf.save(config, run / "config.yaml", resolve=True)
     tokenizer.save_pretrained(run)
     return run, policy

@@ -12,7 +12,18 @@ from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig, OmegaConf
 from toys import toy_config
 
-from settings import RULES, check, entry_point, leaves, overridden, prepare_arguments, run_folder, schema, user_errors
+from settings import (
+    LOSS,
+    RULES,
+    check,
+    entry_point,
+    leaves,
+    overridden,
+    prepare_arguments,
+    run_folder,
+    schema,
+    user_errors,
+)
 from utils import REPOSITORY, UserError
 
 CONFIG = REPOSITORY / "config"
@@ -109,6 +120,12 @@ def test_the_config_path_is_a_runs_folder_or_its_file(spelling: list[str], given
     assert rest[-1] == "++mode=sample"
 
 
+def test_options_come_before_overrides_of_any_kind() -> None:
+    """`argparse`, which Hydra uses, takes overrides in one run only."""
+    assert prepare_arguments(["hydra/launcher=basic", "lr=1,2", "--multirun", "~top_p", "-cn", "config"]) == [
+        "--multirun", "-cn", "config", "hydra/launcher=basic", "++lr=1,2", "~top_p"]
+
+
 @pytest.mark.parametrize("place", [0, 1, 2])
 def test_the_config_path_may_stand_anywhere(place: int, tmp_path: Path) -> None:
     typed = ["++mode=sample", "++n_samples=7"]
@@ -170,13 +187,14 @@ def test_an_unknown_key_is_an_error_that_names_the_nearest_one(typed: str, key: 
 
 MINE = {"name": "mine", "trainer": "KTOTrainer", "dataloader": "UnpairedPreferenceDataLoader",
         "use_reference_model": True}
+OPTIONAL = {key: default for key, default in LOSS.items() if default != "???"}
 
 
 def test_the_keys_of_a_new_loss_are_known_by_its_file_alone(tmp_path: Path, capsys: Capture) -> None:
     (tmp_path / "loss").mkdir()
     OmegaConf.save(OmegaConf.create({**MINE, "gamma": 0.3}), tmp_path / "loss/mine.yaml")
     typed = [f"--config-dir={tmp_path}", *BASE, "loss=mine"]
-    assert settle(*typed, "loss.gamma=0.5").loss == {**MINE, "gamma": 0.5, "reward_head": False}
+    assert settle(*typed, "loss.gamma=0.5").loss == {**OPTIONAL, **MINE, "gamma": 0.5}
     assert "did you mean 'loss.gamma'?" in refusal(capsys, *typed, "loss.gama=0.5")
 
 
@@ -331,7 +349,7 @@ def test_the_command_line_wins_over_a_saved_config(tmp_path: Path) -> None:
 
 def test_a_config_of_a_loss_that_is_not_here_keeps_its_keys(tmp_path: Path, capsys: Capture) -> None:
     loss = {**MINE, "gamma": 0.3}
-    assert settle(f"--config-path={save_run(tmp_path, loss=loss)}").loss == {**loss, "reward_head": False}
+    assert settle(f"--config-path={save_run(tmp_path, loss=loss)}").loss == {**OPTIONAL, **loss}
     assert capsys.readouterr().err == ""
 
 
@@ -435,7 +453,7 @@ def test_the_defaults_are_those_of_the_contract() -> None:
              "beta": 0.1, "desirable_weight": 1.0, "undesirable_weight": 1.0}),
 ])
 def test_the_losses_keys_are_those_of_the_contract(loss: str, keys: dict[str, object]) -> None:
-    assert schema(loss).loss == {"name": loss, "reward_head": False, "couples_examples": None, **keys}
+    assert schema(loss).loss == {**OPTIONAL, "name": loss, **keys}
 
 
 @pytest.mark.parametrize(("model", "name", "block", "flash"), [
