@@ -24,7 +24,7 @@ from pathlib import Path
 from typing import Any
 
 from judge import Comparison, Judge, Markers, Summary, Verdict, looks_like_path, make_judge, notice, summarise
-from utils import UserError, nearest
+from utils import UserError, let_threads_sleep, nearest
 
 DEFAULT_JUDGE = "gpt-4-0613"
 
@@ -292,6 +292,7 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
+    let_threads_sleep()
     options = vars(parse(argv))
     results_file = Path(options.pop("results_file"))
     try:

@@ -1,5 +1,6 @@
 """The training loop: for each optimizer step's batches, step, log, evaluate if due, save if due."""
 
+import contextlib
 import signal
 import sys
 import time
@@ -60,24 +61,24 @@ class BasicTrainer:
         self.prepare_optimizer()
         with Interruptible(self), Progress("train", len(self.train_loader)) as bar:
             self.log = Log(self.run, self.config, bar.write)
-            if self.config.do_first_eval:
-                self.evaluate()
-            for window in self.windows():
-                if self.interrupted:
-                    break
-                metrics = self.step(window)
-                self.log.step(metrics, self.counters())
-                bar.advance(sum(map(len, window)), metrics.means())
-                if self.evaluation_is_due(window):
+            with contextlib.closing(self.log):
+                if self.config.do_first_eval:
                     self.evaluate()
-                    self.save(keep=self.config.intermediate_checkpoints and not self.config.debug)
-                elif self.save_is_due():
+                for window in self.windows():
+                    if self.interrupted:
+                        break
+                    metrics = self.step(window)
+                    self.log.step(metrics, self.counters())
+                    bar.advance(sum(map(len, window)), metrics.means())
+                    if self.evaluation_is_due(window):
+                        self.evaluate()
+                        self.save(keep=self.config.intermediate_checkpoints and not self.config.debug)
+                    elif self.save_is_due():
+                        self.save()
+                if self.config.do_last_eval and self.examples != self.evaluated_at and not self.interrupted:
+                    self.evaluate()
+                if self.updates:
                     self.save()
-            if self.config.do_last_eval and self.examples != self.evaluated_at and not self.interrupted:
-                self.evaluate()
-            if self.updates:
-                self.save()
-            self.log.close()
         if self.interrupted:
             print(f"stopped after {self.examples:,} examples"
                   + (f"; saved in {self.run / 'LATEST'}" if self.updates else "; nothing to save yet"), file=sys.stderr)

@@ -16,7 +16,7 @@ from typing import Any, TypeGuard
 from omegaconf import DictConfig, ListConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from utils import REPOSITORY, UserError, nearest
+from utils import REPOSITORY, UserError, let_threads_sleep, nearest
 
 GROUPS = ("model", "loss")
 # What every loss's YAML may declare; those with ??? it must.
@@ -77,6 +77,7 @@ def entry_point(run: Callable[[DictConfig], None]) -> Callable[[], None]:
             with user_errors():
                 run(check(config))
 
+        let_threads_sleep()
         with user_errors():
             sys.argv[1:] = prepare_arguments(sys.argv[1:])
             hydra.main(version_base="1.3", config_path=str(REPOSITORY / "config"), config_name="config")(checked)()

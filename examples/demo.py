@@ -26,11 +26,11 @@ COMMANDS = {
     "how often the judge is right, on pairs that nobody trains on": [
         "eval.py", f"--config-path={CACHE}/judge", "++mode=eval", "++datasets=[demo_judge,demo]"],
     "SFT": [
-        "train.py", "loss=sft", "datasets=[demo]", "exp_name=sft", *COMMON, "++lr=2e-5", "++warmup_steps=4",
+        "train.py", "loss=sft", "datasets=[demo]", "exp_name=sft", *COMMON, "++lr=4e-5", "++warmup_steps=4",
         "++n_examples=192"],
     "KTO, from the SFT checkpoint": [
-        "train.py", "loss=kto", "datasets=[demo]", "exp_name=kto", *COMMON, "++lr=1e-5", "++warmup_steps=4",
-        "++n_examples=256", "++model.batch_size=16", "++model.load_from=sft/LATEST/policy.pt"],
+        "train.py", "loss=kto", "datasets=[demo]", "exp_name=kto", *COMMON, "++lr=2e-5", "++warmup_steps=4",
+        "++n_examples=320", "++model.batch_size=16", "++model.load_from=sft/LATEST/policy.pt"],
     "samples of the model before any training": [
         "eval.py", f"--config-path={CACHE}/kto", *SAMPLING, "++saved_policy=null", "++exp_name=start"],
     "samples of the trained policy": ["eval.py", f"--config-path={CACHE}/kto", *SAMPLING],
