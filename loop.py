@@ -1,6 +1,7 @@
 """The training loop: for each optimizer step's batches, step, log, evaluate if due, save if due."""
 
 import contextlib
+import resource
 import signal
 import sys
 import time
@@ -115,6 +116,7 @@ class BasicTrainer:
         metrics.add("grad_norm", norm)
         metrics.add("examples_per_second", total / seconds)
         metrics.add("tokens_per_second", sum(len(group) for batch in window for group in batch) / seconds)
+        metrics.add("memory_GB", peak_memory())
         return metrics
 
     def refuse_non_finite(self, metrics: Metrics, norm: Tensor) -> None:
@@ -194,6 +196,13 @@ def as_metrics(values: Metrics | Mapping[str, Any], mode: str, loss: Tensor, bat
     if f"loss/{mode}" not in metrics.sums:
         metrics.add(f"loss/{mode}", loss.detach().expand(len(batch)))
     return metrics
+
+
+def peak_memory() -> float:
+    """The most memory that this process has held so far, in GB: of the GPU where there is one, else of the machine."""
+    if torch.cuda.is_available():
+        return torch.cuda.max_memory_allocated() / 1e9
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024) / 1e9
 
 
 class Interruptible:

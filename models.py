@@ -394,8 +394,10 @@ def save_policy(policy: Policy, tokenizer: "PreTrainedTokenizerBase", folder: Pa
     # save_pretrained writes the dtype that the model is in, and the base model's idea of where an answer ends.
     patch_json(folder / "export/config.json", dtype=str(dtype).removeprefix("torch."))
     if (folder / "export/generation_config.json").is_file():
-        patch_json(folder / "export/generation_config.json", eos_token_id=tokenizer.eos_token_id,
-                   pad_token_id=tokenizer.pad_token_id)
+        known = json.loads((folder / "export/generation_config.json").read_text()).get("eos_token_id")
+        eos: Any = tokenizer.eos_token_id
+        patch_json(folder / "export/generation_config.json", pad_token_id=tokenizer.pad_token_id,
+                   eos_token_id=sorted({*known, eos}) if isinstance(known, list) else eos)
 
 
 def patch_json(file: Path, **values: Any) -> None:

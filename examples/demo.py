@@ -12,7 +12,8 @@ import time
 from pathlib import Path
 from typing import Any
 
-REPOSITORY = Path(__file__).resolve().parent.parent
+HERE = Path(__file__).resolve().parent
+REPOSITORY = HERE.parent
 CACHE = ".cache/demo"
 COMMON = ["model=smollm2-135m", f"++cache_dir={CACHE}", "++wandb.enabled=false", "++optimizer=AdamW",
           "++model.max_length=256", "++model.max_prompt_length=160", "++model.eval_batch_size=16"]
@@ -66,7 +67,7 @@ def table(cache: Path) -> str:
     judge = json.loads((cache / "judge/eval.json").read_text())
     result = json.loads((cache / "results.jsonl").read_text().splitlines()[-1])
     pairs = json.loads((cache / "kto/metrics.jsonl").read_text().splitlines()[-1])["counters/examples"]
-    held_out = 120
+    held_out = len((HERE / "demo/test.jsonl").read_text().splitlines())
     accuracy = judge["results"]["rewards_eval/accuracies"]
     right = wilson(accuracy, judge["metadata"]["examples"])
     low, high = result["interval"]

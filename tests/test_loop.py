@@ -459,7 +459,7 @@ def tokenizer() -> PreTrainedTokenizerBase:
     return models.load_tokenizer(toy_config())
 
 
-VARYING = {"examples_per_second", "tokens_per_second"}
+VARYING = {"examples_per_second", "tokens_per_second", "memory_GB"}
 
 
 def real_trainer(run: Path, tokenizer: PreTrainedTokenizerBase, loss: str, kind: type[LossTrainer] | None = None,
