@@ -140,7 +140,7 @@ class BasicTrainer:
                 bar.advance(len(batch), {})
         self.evaluation, self.evaluated_at = metrics.means(), self.examples
         if self.log is not None:
-            self.log.evaluation(self.evaluation, self.counters())
+            self.log.evaluation(self.evaluation, {**self.counters(), "counters/held_out": len(self.eval_loader)})
         return self.evaluation
 
     log: Log | None = None

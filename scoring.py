@@ -106,6 +106,7 @@ class LossTrainer(BasicTrainer):
             raise UserError(f"loss.reward_head: {type(self).__name__}.loss asks for scores; set it to true in "
                             f"config/loss/{self.config.loss.name}.yaml")
         self.couples_examples = self.probe() or bool(self.config.loss.couples_examples)
+        self.reference_scores: dict[Any, Found] = {}
 
     def outputs_of(self, side: str, roles: Sequence[str]) -> tuple[list[str], list[str]]:
         """(roles, kinds of output) that the loss wants of a side's model, among `roles`."""
@@ -158,7 +159,13 @@ class LossTrainer(BasicTrainer):
         return metrics
 
     def get_batch_metrics(self, batch: Batch, mode: str) -> tuple[Tensor, Metrics]:
-        return self.measure(batch, {side: self.scored(side, batch) for side in ("policy", "reference")}, mode)
+        # The reference is frozen and every evaluation has the same batches: it scores each once.
+        key = tuple((tuple(group.prompt), *((role, *ids) for role, ids in group.completions.items()))
+                    for group in batch)
+        if key not in self.reference_scores:
+            self.reference_scores[key] = self.scored("reference", batch)
+        return self.measure(batch, {"policy": self.scored("policy", batch), "reference": self.reference_scores[key]},
+                            mode)
 
     @torch.no_grad()
     def measure(self, batch: Batch, found: Mapping[str, Found], mode: str) -> tuple[Tensor, Metrics]:

@@ -56,7 +56,7 @@ def rewards(name: str, first: dict[str, Any], last: dict[str, Any]) -> list[str]
     """Accuracy and margin; before training every reward is 0, and every pair tied."""
     if "rewards_eval/accuracies" not in last:
         return ["", ""]
-    pairs = 100 if name.startswith("hh") else 200
+    pairs = last["counters/held_out"] // (2 if "-kto" in name else 1)  # a pair is two examples of KTO
     share = last["rewards_eval/accuracies"]
     interval = wilson(share, pairs)
     left = "" if interval[0] > 0.5 or interval[1] < 0.5 else " (contains 50%)"

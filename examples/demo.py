@@ -12,12 +12,11 @@ import time
 from pathlib import Path
 from typing import Any
 
-HERE = Path(__file__).resolve().parent
-REPOSITORY = HERE.parent
+REPOSITORY = Path(__file__).resolve().parent.parent
 CACHE = ".cache/demo"
 COMMON = ["model=smollm2-135m", f"++cache_dir={CACHE}", "++wandb.enabled=false", "++optimizer=AdamW",
           "++model.max_length=256", "++model.max_prompt_length=160", "++model.eval_batch_size=16"]
-SAMPLING = ["++mode=sample", "++n_samples=64", "++model.eval_batch_size=32", f"++samples_dir={CACHE}/samples"]
+SAMPLING = ["++mode=sample", "++n_samples=48", "++model.eval_batch_size=32", f"++samples_dir={CACHE}/samples"]
 
 COMMANDS = {
     "a judge, on rows of its own": [
@@ -28,10 +27,10 @@ COMMANDS = {
         "eval.py", f"--config-path={CACHE}/judge", "++mode=eval", "++datasets=[demo_judge,demo]"],
     "SFT": [
         "train.py", "loss=sft", "datasets=[demo]", "exp_name=sft", *COMMON, "++lr=4e-5", "++warmup_steps=4",
-        "++n_examples=192"],
+        "++n_examples=128"],
     "KTO, from the SFT checkpoint": [
         "train.py", "loss=kto", "datasets=[demo]", "exp_name=kto", *COMMON, "++lr=2e-5", "++warmup_steps=4",
-        "++n_examples=320", "++model.batch_size=16", "++model.load_from=sft/LATEST/policy.pt"],
+        "++n_examples=256", "++n_eval_examples=160", "++model.batch_size=16", "++model.load_from=sft/LATEST/policy.pt"],
     "samples of the model before any training": [
         "eval.py", f"--config-path={CACHE}/kto", *SAMPLING, "++saved_policy=null", "++exp_name=start"],
     "samples of the trained policy": ["eval.py", f"--config-path={CACHE}/kto", *SAMPLING],
@@ -66,8 +65,9 @@ def table(cache: Path) -> str:
     sft, kto = evaluations(cache / "sft"), evaluations(cache / "kto")
     judge = json.loads((cache / "judge/eval.json").read_text())
     result = json.loads((cache / "results.jsonl").read_text().splitlines()[-1])
-    pairs = json.loads((cache / "kto/metrics.jsonl").read_text().splitlines()[-1])["counters/examples"]
-    held_out = len((HERE / "demo/test.jsonl").read_text().splitlines())
+    examples = {run: json.loads((cache / run / "metrics.jsonl").read_text().splitlines()[-1])["counters/examples"]
+                for run in ("sft", "kto")}
+    held_out = kto[-1]["counters/held_out"] // 2  # the two halves of a pair
     accuracy = judge["results"]["rewards_eval/accuracies"]
     right = wilson(accuracy, judge["metadata"]["examples"])
     low, high = result["interval"]
@@ -91,8 +91,8 @@ def table(cache: Path) -> str:
     paths = [f"  {path.relative_to(REPOSITORY)}" for path in (
         cache / "kto/LATEST/policy.pt", cache / "kto/LATEST/export", cache / "kto/metrics.jsonl",
         cache / "samples/kto.json", cache / "samples/start.json", cache / "results.jsonl", cache / "judge")]
-    return (f"\nSFT on 192 and KTO on {pairs} examples of examples/demo (95% intervals)\n\n" + "\n".join(lines)
-            + "\n\nwritten:\n" + "\n".join(paths))
+    return (f"\nSFT on {examples['sft']} and KTO on {examples['kto']} examples of examples/demo (95% intervals)\n\n"
+            + "\n".join(lines) + "\n\nwritten:\n" + "\n".join(paths))
 
 
 def evaluations(run: Path) -> list[dict[str, Any]]:

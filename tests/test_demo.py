@@ -16,12 +16,12 @@ from settings import leaves, prepare_arguments, schema
 
 
 def write_runs(cache: Path, judge_accuracy: float) -> None:
-    for run, lines in (("sft", [{"loss/eval": 150.0}, {"loss/eval": 140.0}]), ("kto", [
-            {"loss/eval": 0.5, "rewards_eval/margins": 0.0, "rewards_eval/accuracies": 0.0},
-            {"loss/eval": 0.49, "rewards_eval/margins": 0.25, "rewards_eval/accuracies": 0.6}])):
+    kto = [{"loss/eval": 0.5 - 0.01 * step, "rewards_eval/margins": 0.25 * step, "rewards_eval/accuracies": 0.6 * step,
+            "counters/held_out": 240} for step in (0, 1)]
+    for run, lines in (("sft", [{"loss/eval": 150.0}, {"loss/eval": 140.0}]), ("kto", kto)):
         (cache / run).mkdir(parents=True)
         (cache / run / "evaluations.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
-    (cache / "kto/metrics.jsonl").write_text(json.dumps({"counters/examples": 320}) + "\n")
+        (cache / run / "metrics.jsonl").write_text(json.dumps({"counters/examples": 320}) + "\n")
     (cache / "judge").mkdir()
     (cache / "judge/eval.json").write_text(json.dumps({
         "metadata": {"examples": 100}, "results": {"rewards_eval/accuracies": judge_accuracy}}))
