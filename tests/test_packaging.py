@@ -15,7 +15,7 @@ STATED = [*PROJECT["dependencies"], *PROJECT["optional-dependencies"]["dev"]]
 
 
 def name_of(requirement: str) -> str:
-    return re.split(r"[ <>=]", requirement.strip())[0].lower().replace("_", "-")
+    return re.split(r"[ <>=\[]", requirement.strip())[0].lower().replace("_", "-")
 
 
 def test_conda_environment_states_the_dependencies_of_pyproject() -> None:
