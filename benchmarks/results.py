@@ -26,13 +26,13 @@ COMMON = ["model=smollm2-135m", f"++cache_dir={CACHE}", "++wandb.enabled=false",
 def runs(ultrafeedback: str, hh: str) -> dict[str, list[str]]:
     """Each run's command, by its name; a pair is one example of DPO and two of KTO."""
     commands = {}
+    for loss, examples, held_out, rate in (("sft", 128, 100, "2e-5"), ("kto", 256, 200, "5e-6")):
+        commands[f"hh-{loss}"] = [f"loss={loss}", f"datasets=['hh_harmless:{hh}']", f"++lr={rate}",
+                                  f"++n_examples={examples}", f"++n_eval_examples={held_out}", "++optimizer=AdamW"]
     for seed in (1, 2):
         for loss, examples, held_out in (("dpo", 256, 200), ("kto", 512, 400)):
             commands[f"uf-{loss}-{seed}"] = [f"loss={loss}", f"datasets=['{ultrafeedback}']", f"seed={seed}",
                                              "++lr=5e-6", f"++n_examples={examples}", f"++n_eval_examples={held_out}"]
-    for loss, examples, held_out, rate in (("sft", 128, 100, "2e-5"), ("kto", 256, 200, "5e-6")):
-        commands[f"hh-{loss}"] = [f"loss={loss}", f"datasets=['hh_harmless:{hh}']", f"++lr={rate}",
-                                  f"++n_examples={examples}", f"++n_eval_examples={held_out}", "++optimizer=AdamW"]
     return {name: ["train.py", f"exp_name={name}", *COMMON, *command] for name, command in commands.items()}
 
 
@@ -74,7 +74,7 @@ def main() -> None:
             subprocess.run([sys.executable, *command], cwd=REPOSITORY, check=True)
     print("| run | loss before | after | accuracy after, held-out pairs | margin, before and after | examples/s "
           "| tokens/s | peak GB |\n|---|---|---|---|---|---|---|---|")
-    for name in commands:
+    for name in filter(lambda name: complete(REPOSITORY / CACHE / name), commands):
         print(row(name, REPOSITORY / CACHE / name))
 
 
