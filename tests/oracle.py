@@ -161,7 +161,7 @@ def stacked(found: Mapping[Item, Tensor], role: str) -> Tensor:
 
 def metrics(groups: Sequence[Group], losses: Tensor, rewards: Rewards, logps: Values, base: Values,
             paired: bool) -> dict[str, float]:
-    """What a batch of training logs, as DESIGN.md and CONTRACT.md, section 6, name it."""
+    """What a batch of training logs, under the names that users know."""
     values: dict[str, list[float]] = {"loss/train": losses.tolist()}
     for role in ("chosen", "rejected"):
         values[f"logps_train/{role}"] = logps[role].tolist() if role in logps else []

@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+import toys
 from omegaconf import DictConfig
 from toy_tokenizers import CHATML, DEFAULT, toy_tokenizer
 from toys import toy_config
@@ -41,7 +42,7 @@ from groups import Group, encode
 from utils import REPOSITORY, UserError
 
 CUSTOM = Markers("### H:\n", "</h>", "### A:\n", "</a>")
-GOLDEN = REPOSITORY.parent / "shared/golden/datasets.json"
+GOLDEN = toys.GOLDEN / "datasets.json"
 Capture = pytest.CaptureFixture[str]
 Messages = list[dict[str, str]]
 
@@ -413,7 +414,7 @@ def test_a_transcript_is_a_list_of_messages() -> None:
     assert transcript_turns("\n\nHuman: Hi \n\nAssistant: Yes?\n\nHuman:\nBye") == say("Hi", "Yes?", "Bye")
 
 
-# Rows of the golden file that our design leaves out on purpose (its README, and DESIGN.md section 6), by prompt.
+# Rows of the golden file that are left out here on purpose (docs/departures.md), by prompt.
 LEFT_OUT = {
     "\n<|user|>\nprompts differ\n<|assistant|>\n": "the rejected side answers another prompt",
     "\n<|user|>\nresponse holds marker\n<|assistant|>\none\n<|assistant|>\n": "the sides differ in an earlier turn",
@@ -758,7 +759,7 @@ def test_a_pairs_prompt_is_cut_once_for_the_longer_of_its_answers() -> None:
 @every_kind
 def test_no_group_of_real_text_exceeds_the_limits(kind: str, max_length: int, max_prompt_length: int, tokenizer: str
                                                   ) -> None:
-    """Against the rule of CONTRACT.md, written out: the longest of a row's own completions decides on its prompt."""
+    """Against the rule, written out: the longest of a row's own completions decides on its prompt."""
     data = Dataset("few")
     for example in list(load_dataset("demo", "test", CHATML).values())[:20]:
         data[example.prompt] = example

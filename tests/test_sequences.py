@@ -3,10 +3,10 @@
 import json
 from collections import Counter
 from dataclasses import replace
-from pathlib import Path
 
 import pytest
 import torch
+import toys
 from oracle import Item, exact
 from oracle import token_logps as naive_token_logps
 from torch import Tensor, nn
@@ -18,7 +18,7 @@ from models import Policy, by_item, score
 from sequences import Rows, cut_into_microbatches, token_logps
 
 ROLES = ("chosen", "rejected", "KL")
-GOLDEN = Path(__file__).resolve().parent.parent.parent / "shared/golden/logps.json"
+GOLDEN = toys.GOLDEN / "logps.json"
 WINDOW = 16  # mistral's, among the toys
 TWO = [Group([5, 6], {"chosen": [7, 8, 9], "rejected": [10, 11], "KL": [12]}, 0),
        Group([3], {"chosen": [4], "rejected": [2]}, 1)]

@@ -438,7 +438,7 @@ DEFAULTS = {
 
 
 def test_the_defaults_are_those_of_the_contract() -> None:
-    """CONTRACT.md, section 2, as far as the keys exist."""
+    """The defaults that users of the original rely on, as far as the keys exist."""
     defaults = dict(leaves(schema()))
     assert {key: defaults[key] for key in DEFAULTS} == DEFAULTS
     assert {key: type(defaults[key]) for key in DEFAULTS} == {key: type(value) for key, value in DEFAULTS.items()}

@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
+import toys
 from oracle import exact
 from torch import Tensor
 from toys import FAMILIES, toy_config, toy_groups, toy_lm, toy_policy
@@ -30,7 +31,7 @@ from trainers import (
 )
 from utils import UserError
 
-GOLDEN = Path(__file__).resolve().parent.parent.parent / "shared/golden/losses.json"
+GOLDEN = toys.GOLDEN / "losses.json"
 LOSSES: dict[type[LossTrainer], str] = {SFTTrainer: "sft", DPOTrainer: "dpo", KTOTrainer: "kto",
                                         BradleyTerryTrainer: "bradley-terry"}
 Ratios = Mapping[tuple[int, str], float]
