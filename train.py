@@ -20,6 +20,8 @@ def run(config: "DictConfig") -> None:
     config.saved_policy = config.saved_policy or str(folder / "LATEST/policy.pt")
     require_writable("cache_dir", folder)
 
+    import torch
+
     import models
     from dataloader import make_loader
     from loop import find_optimizer
@@ -39,6 +41,9 @@ def run(config: "DictConfig") -> None:
     trainer = trainer_class(config, policy, reference, tokenizer, train_loader, eval_loader, folder,
                             budget=models.token_budget(config), share=share)
     prepare_folder(config, tokenizer, folder)
+    if (gpus := torch.cuda.device_count()) > 1:
+        print(f"note: use_fsdp: one process on one of {gpus} GPUs; sharding over several is still to come",
+              file=sys.stderr)
     print(f"{config.exp_name}: {config.loss.name} on {', '.join(config.datasets)}: {len(train_loader):,} training and "
           f"{len(eval_loader):,} held-out examples, on {policy.device} in {str(policy.dtype).removeprefix('torch.')}; "
           f"writes {folder}", file=sys.stderr)
