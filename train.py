@@ -40,6 +40,9 @@ def run(config: "DictConfig") -> None:
     reference = models.make_reference(config, policy)
     trainer = trainer_class(config, policy, reference, tokenizer, train_loader, eval_loader, folder,
                             budget=models.token_budget(config), share=share)
+    if (folder / "LATEST").exists():
+        print(f"note: {folder} has a run already: this one starts anew, and its first checkpoint replaces LATEST",
+              file=sys.stderr)
     prepare_folder(config, tokenizer, folder)
     if (gpus := torch.cuda.device_count()) > 1:
         print(f"note: use_fsdp: one process on one of {gpus} GPUs; sharding over several is still to come",
