@@ -1,4 +1,4 @@
-"""Data sets and loaders: a data set is one function from rows to Examples, a loader says only what a row of a batch is.
+"""Loaders: they say what a row of a batch is. Data sets by name: one function from rows to Examples each.
 
 To add a data set, write `get_NAME(split, human_prefix, human_suffix, assistant_prefix, assistant_suffix) -> Dataset`
 here; `datasets=[NAME]` finds it. To add a loader, subclass `DataLoader` and name it in a loss's YAML.
@@ -10,275 +10,24 @@ import random
 import re
 import sys
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING, Any, NamedTuple
 
+from corpora import get_demo, get_demo_judge, get_file, get_hh, get_hh_harmless, get_hh_helpful
+from feedback import Dataset, Example, Markers, fold_spaces
 from groups import Group, cut_prompt, encode, starts_with_bos, with_mismatched
-from sources import is_path, read_rows
-from utils import REPOSITORY, UserError, nearest
+from sources import is_path
+from utils import UserError, nearest
 
 if TYPE_CHECKING:
     from omegaconf import DictConfig
     from transformers import PreTrainedTokenizerBase
 
-Messages = list[dict[str, str]]
+__all__ = ["DataLoader", "Dataset", "Example", "Markers", "fold_spaces", "get_demo", "get_demo_judge", "get_hh",
+           "get_hh_harmless", "get_hh_helpful", "load_dataset", "make_loader"]
 
 
-# Examples ------------------------------------------------------------------------------------------------------------
-
-@dataclass
-class Example:
-    """One prompt, what was answered to it, and what people thought of the answers."""
-
-    prompt: str = ""  # formatted: turns in their markers, ending with assistant_prefix
-    generations: list[str] = field(default_factory=list)  # each ends in assistant_suffix
-    pairs: list[tuple[int, int]] = field(default_factory=list)  # (better, worse), indices of generations
-    scores: list[float] = field(default_factory=list)
-    sft_index: int | None = None  # generation to imitate; None: the best, or the first
-    desirable: list[bool | None] = field(default_factory=list)  # labels of unpaired data, by generation
-    truncation_mode: str = "keep_end"  # which end of a long prompt survives
-    dataset_name: str = ""
-    original_prompt: str = ""  # unformatted, where it is a single instruction
-
-    def num_generations(self) -> int:
-        return len(self.generations)
-
-    def sft_target(self) -> int | None:
-        """Index of the generation to imitate: the one that is set, the best, or the first that is not known as bad."""
-        if self.sft_index is not None:
-            return self.sft_index
-        if self.pairs:
-            return self.pairs[0][0]
-        if True in self.desirable:
-            return self.desirable.index(True)
-        labels = [*self.desirable, *[None] * (self.num_generations() - len(self.desirable))]
-        return labels.index(None) if None in labels else None
-
-    def remove_extra_spaces(self) -> None:
-        """Two or more blanks or tabs become one blank; newlines and a lone tab stay."""
-        self.prompt = fold_spaces(self.prompt)
-        self.generations = [fold_spaces(text) for text in self.generations]
-
-    def add_pair(self, better: str, worse: str) -> None:
-        first = self.num_generations()
-        self.generations += [better, worse]
-        self.pairs.append((first, first + 1))
-
-    def add_labelled(self, generation: str, label: bool) -> None:
-        self.desirable += [None] * (self.num_generations() - len(self.desirable))
-        self.generations.append(generation)
-        self.desirable.append(label)
-
-
-class Dataset(dict[str, Example]):
-    """Examples by prompt; `data[prompt]` makes an empty one on first use."""
-
-    def __init__(self, name: str) -> None:
-        super().__init__()
-        self.name = name
-        self.left_out: Counter[str] = Counter()  # why rows were left out -> how many
-
-    def __missing__(self, prompt: str) -> Example:
-        example = self[prompt] = Example(prompt=prompt, dataset_name=self.name)
-        return example
-
-    def merge(self, other: "Dataset") -> None:
-        """Take over the other's examples; those of a prompt that both have are added to ours."""
-        self.left_out.update(other.left_out)
-        for prompt, theirs in other.items():
-            if prompt not in self:
-                self[prompt] = theirs
-                continue
-            ours, shift = self[prompt], self[prompt].num_generations()
-            ours.sft_index = ours.sft_target()
-            if ours.sft_index is None and (target := theirs.sft_target()) is not None:
-                ours.sft_index = target + shift
-            ours.desirable += [None] * (shift - len(ours.desirable))
-            ours.generations += theirs.generations
-            ours.pairs += [(better + shift, worse + shift) for better, worse in theirs.pairs]
-            ours.scores += theirs.scores
-            ours.desirable += theirs.desirable
-
-
-def fold_spaces(text: str) -> str:
-    return re.sub(r"[ \t]{2,}", " ", text)
-
-
-class Markers(NamedTuple):
-    """A turn is prefix + text + suffix of its speaker; a prompt ends with `assistant_prefix`."""
-
-    human_prefix: str
-    human_suffix: str
-    assistant_prefix: str
-    assistant_suffix: str
-
-    def prompt(self, messages: Messages, place: str = "") -> str:
-        """The turns before an answer. A system message is the beginning of the next human turn, or one by itself."""
-        text, system = "", []
-        for message in [*messages, {"role": "end", "content": ""}]:
-            role, content = message["role"], message["content"]
-            if role == "system":
-                system.append(content)
-                continue
-            if role in ("user", "human") or system:
-                said = [*system, content] if role in ("user", "human") else system
-                text += self.human_prefix + "\n\n".join(said) + self.human_suffix
-                system = []
-            if role == "assistant":
-                text += self.assistant_prefix + content + self.assistant_suffix
-            elif role not in ("user", "human", "end"):
-                raise UserError(f"{place}: role {role!r}, allowed are system, user and assistant")
-        return text + self.assistant_prefix
-
-    def answer(self, text: str) -> str:
-        return text + self.assistant_suffix
-
-
-# Data sets -----------------------------------------------------------------------------------------------------------
-
-def get_demo(split: str, human_prefix: str, human_suffix: str, assistant_prefix: str,
-             assistant_suffix: str) -> Dataset:
-    """The pairs in examples/demo, written for this project: everyday questions, a helpful and a poor answer to each."""
-    return get_file(str(REPOSITORY / "examples/demo"), split,
-                    Markers(human_prefix, human_suffix, assistant_prefix, assistant_suffix), name="demo")
-
-
-def get_demo_judge(split: str, human_prefix: str, human_suffix: str, assistant_prefix: str,
-                   assistant_suffix: str) -> Dataset:
-    """Pairs like those of `demo` that no policy is trained on: they train the demo's reward model."""
-    return get_file(str(REPOSITORY / "examples/demo_judge"), split,
-                    Markers(human_prefix, human_suffix, assistant_prefix, assistant_suffix), name="demo_judge")
-
-
-def get_hh(split: str, human_prefix: str, human_suffix: str, assistant_prefix: str, assistant_suffix: str, *,
-           source: str = "Anthropic/hh-rlhf", data_dir: str | None = None, name: str = "hh") -> Dataset:
-    """Anthropic's helpful and harmless dialogues (Bai et al., 2022): the whole of `Anthropic/hh-rlhf`.
-
-    The prompt is the chosen transcript up to its last assistant marker, the answers follow it on each side. The first
-    row's chosen answer is the SFT target. Rows without the marker, or whose two prompts differ, are left out.
-    """
-    markers = Markers(human_prefix, human_suffix, assistant_prefix, assistant_suffix)
-    data = Dataset(name)
-    for place, row in read_rows(source, split, data_dir=data_dir):
-        for side in ("chosen", "rejected"):
-            if not isinstance(row.get(side), str):
-                raise UserError(f"{place}: {side!r} is {row.get(side)!r:.40}, where a transcript is needed, as in "
-                                "Anthropic/hh-rlhf")
-        before, marker, chosen = row["chosen"].rpartition(HH_ANSWER)
-        rejected = row["rejected"].removeprefix(before + marker)
-        if not marker:
-            data.left_out["the chosen transcript has no '\\n\\nAssistant: '"] += 1
-        elif rejected == row["rejected"] or HH_ANSWER in rejected:
-            data.left_out["the prompts of the two sides differ"] += 1
-        elif HH_QUESTION in chosen or HH_QUESTION in rejected:
-            data.left_out["the last reply is missing: a human turn follows the last '\\n\\nAssistant: '"] += 1
-        else:
-            prompt = fold_spaces(markers.prompt(transcript_turns(before)))
-            example = data[prompt]
-            example.add_pair(markers.answer(fold_spaces(chosen)), markers.answer(fold_spaces(rejected)))
-            example.sft_index = 0
-    return data
-
-
-def get_hh_helpful(split: str, human_prefix: str, human_suffix: str, assistant_prefix: str, assistant_suffix: str, *,
-                   source: str = "Anthropic/hh-rlhf") -> Dataset:
-    """The helpful half: `helpful-base` of `Anthropic/hh-rlhf`."""
-    return get_hh(split, human_prefix, human_suffix, assistant_prefix, assistant_suffix, source=source,
-                  data_dir="helpful-base", name="hh_helpful")
-
-
-def get_hh_harmless(split: str, human_prefix: str, human_suffix: str, assistant_prefix: str, assistant_suffix: str, *,
-                    source: str = "Anthropic/hh-rlhf") -> Dataset:
-    """The harmless half: `harmless-base` of `Anthropic/hh-rlhf`."""
-    return get_hh(split, human_prefix, human_suffix, assistant_prefix, assistant_suffix, source=source,
-                  data_dir="harmless-base", name="hh_harmless")
-
-
-HH_ANSWER, HH_QUESTION = "\n\nAssistant: ", "\n\nHuman:"
-
-
-def transcript_turns(transcript: str) -> Messages:
-    """Turns of a `Human: … Assistant: …` transcript, split at either word and colon before white space."""
-    parts = re.split(r"(Human|Assistant):(?=\s|$)", transcript)
-    return [{"role": "user" if speaker == "Human" else "assistant", "content": text.strip()}
-            for speaker, text in zip(parts[1::2], parts[2::2], strict=True)]
-
-
-def get_file(source: str, split: str, markers: Markers, name: str | None = None) -> Dataset:
-    """Rows of a file, a folder or the Hub in the shapes that `datasets` and TRL users have.
-
-    Paired: chosen, rejected, with prompt or without (strings, or lists of messages). Unpaired: prompt, completion,
-    label, or messages and label. SFT: prompt and completion, or messages. Prompts are cut at their start when long.
-    """
-    data = Dataset(name or source)
-    for place, row in read_rows(source, split):
-        if "chosen" in row or "rejected" in row:
-            turns, (chosen, rejected) = _conversation(row, ("chosen", "rejected"), place)
-            example = data[markers.prompt(turns, place)]
-            example.add_pair(markers.answer(chosen), markers.answer(rejected))
-        else:
-            turns, (answer,) = _conversation(row, ("messages" if "messages" in row else "completion",), place)
-            example = data[markers.prompt(turns, place)]
-            if row.get("label") is None:
-                example.sft_index = example.num_generations() if example.sft_index is None else example.sft_index
-                example.generations.append(markers.answer(answer))
-            else:
-                example.add_labelled(markers.answer(answer), _label(row["label"], place))
-        if len(turns) == 1:
-            example.original_prompt = turns[0]["content"]
-    return data
-
-
-def _conversation(row: dict[str, Any], fields: Sequence[str], place: str) -> tuple[Messages, list[str]]:
-    """The turns before the answer, and the answer in each of `fields`."""
-    values = [_field(row, name, place) for name in fields]
-    prompt = row.get("prompt")
-    if all(isinstance(value, str) for value in values):
-        if prompt is not None:
-            return _messages(prompt, place), values
-        before, marker, _ = values[0].rpartition(HH_ANSWER)
-        answers = [value.removeprefix(before + marker) for value in values]
-        if not marker or any(value == answer or HH_ANSWER in answer
-                             for value, answer in zip(values, answers, strict=True)):
-            raise UserError(f"{place}: no 'prompt', and {' and '.join(fields)} are no transcripts of one "
-                            "'\\n\\nHuman: … \\n\\nAssistant: …' dialogue; add a prompt")
-        return transcript_turns(before), answers
-    conversations = [_messages(value, place) for value in values]
-    for turns in conversations:
-        if not turns or turns[-1]["role"] != "assistant":
-            raise UserError(f"{place}: {' and '.join(fields)} must end with an assistant message")
-    histories = [turns[:-1] for turns in conversations]
-    if any(history != histories[0] for history in histories):
-        raise UserError(f"{place}: the conversations in {' and '.join(fields)} differ before their last message")
-    turns = histories[0]
-    if prompt is not None and (not turns or turns[0]["role"] == "assistant"):  # else the answers bring their prompt
-        turns = _messages(prompt, place) + turns
-    return turns, [conversation[-1]["content"] for conversation in conversations]
-
-
-def _field(row: dict[str, Any], name: str, place: str) -> Any:
-    if row.get(name) is None:
-        raise UserError(f"{place}: no {name!r} (has {', '.join(map(repr, row))}); a row needs chosen and rejected, or "
-                        "completion, or messages, and a prompt where those do not hold it")
-    return row[name]
-
-
-def _messages(value: Any, place: str) -> Messages:
-    if isinstance(value, str):
-        return [{"role": "user", "content": value}]
-    if not isinstance(value, list) or not all(
-            isinstance(turn, dict) and isinstance(turn.get("role"), str) and isinstance(turn.get("content"), str)
-            for turn in value):
-        raise UserError(f"{place}: got {str(value)[:60]!r}, where text or a list of {{role, content}} is needed")
-    return value
-
-
-def _label(value: Any, place: str) -> bool:
-    if isinstance(value, (bool, int)) and value in (0, 1):
-        return bool(value)
-    raise UserError(f"{place}: label is {value!r}, allowed are true and false")
-
+# Data sets by name ---------------------------------------------------------------------------------------------------
 
 def load_dataset(name: str, split: str, markers: Markers) -> Dataset:
     """The data set called `name`: a `get_name` function here, a file or folder, or `name:path` for both."""

@@ -10,7 +10,7 @@ import pytest
 from toy_tokenizers import ADD_BOS, BUILDERS, BYTE_LEVEL, CHATML, DEFAULT, INST, toy_tokenizer
 
 import groups
-from dataloader import Markers, Messages
+from feedback import Markers, Messages
 from groups import Group, apart, cut_prompt, encode, end_once, starts_with_bos, with_mismatched
 
 every_tokenizer = pytest.mark.parametrize("name", BUILDERS)

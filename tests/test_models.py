@@ -29,7 +29,7 @@ from transformers import (
 
 import models
 from checkpoint import read_states, save_checkpoint, save_states
-from dataloader import Markers
+from feedback import Markers
 from groups import Group, encode, starts_with_bos
 from models import Policy, save_policy, score
 from sequences import cut_into_microbatches

@@ -7,7 +7,7 @@ from typing import Any
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 from transformers import PreTrainedTokenizerFast
 
-from dataloader import Markers
+from feedback import Markers
 
 DEFAULT = Markers("\n<|user|>\n", "", "\n<|assistant|>\n", "")
 CHATML = Markers("<|im_start|>user\n", "<|im_end|>\n", "<|im_start|>assistant\n", "<|im_end|>\n")

@@ -1,0 +1,118 @@
+"""What a data set holds: a prompt, what was answered to it, and what people thought of the answers."""
+
+import re
+from collections import Counter
+from dataclasses import dataclass, field
+from typing import NamedTuple
+
+from utils import UserError
+
+Messages = list[dict[str, str]]
+
+
+@dataclass
+class Example:
+    """One prompt, what was answered to it, and what people thought of the answers."""
+
+    prompt: str = ""  # formatted: turns in their markers, ending with assistant_prefix
+    generations: list[str] = field(default_factory=list)  # each ends in assistant_suffix
+    pairs: list[tuple[int, int]] = field(default_factory=list)  # (better, worse), indices of generations
+    scores: list[float] = field(default_factory=list)
+    sft_index: int | None = None  # generation to imitate; None: the best, or the first
+    desirable: list[bool | None] = field(default_factory=list)  # labels of unpaired data, by generation
+    truncation_mode: str = "keep_end"  # which end of a long prompt survives
+    dataset_name: str = ""
+    original_prompt: str = ""  # unformatted, where it is a single instruction
+
+    def num_generations(self) -> int:
+        return len(self.generations)
+
+    def sft_target(self) -> int | None:
+        """Index of the generation to imitate: the one that is set, the best, or the first that is not known as bad."""
+        if self.sft_index is not None:
+            return self.sft_index
+        if self.pairs:
+            return self.pairs[0][0]
+        if True in self.desirable:
+            return self.desirable.index(True)
+        labels = [*self.desirable, *[None] * (self.num_generations() - len(self.desirable))]
+        return labels.index(None) if None in labels else None
+
+    def remove_extra_spaces(self) -> None:
+        """Two or more blanks or tabs become one blank; newlines and a lone tab stay."""
+        self.prompt = fold_spaces(self.prompt)
+        self.generations = [fold_spaces(text) for text in self.generations]
+
+    def add_pair(self, better: str, worse: str) -> None:
+        first = self.num_generations()
+        self.generations += [better, worse]
+        self.pairs.append((first, first + 1))
+
+    def add_labelled(self, generation: str, label: bool) -> None:
+        self.desirable += [None] * (self.num_generations() - len(self.desirable))
+        self.generations.append(generation)
+        self.desirable.append(label)
+
+
+class Dataset(dict[str, Example]):
+    """Examples by prompt; `data[prompt]` makes an empty one on first use."""
+
+    def __init__(self, name: str) -> None:
+        super().__init__()
+        self.name = name
+        self.left_out: Counter[str] = Counter()  # why rows were left out -> how many
+
+    def __missing__(self, prompt: str) -> Example:
+        example = self[prompt] = Example(prompt=prompt, dataset_name=self.name)
+        return example
+
+    def merge(self, other: "Dataset") -> None:
+        """Take over the other's examples; those of a prompt that both have are added to ours."""
+        self.left_out.update(other.left_out)
+        for prompt, theirs in other.items():
+            if prompt not in self:
+                self[prompt] = theirs
+                continue
+            ours, shift = self[prompt], self[prompt].num_generations()
+            ours.sft_index = ours.sft_target()
+            if ours.sft_index is None and (target := theirs.sft_target()) is not None:
+                ours.sft_index = target + shift
+            ours.desirable += [None] * (shift - len(ours.desirable))
+            ours.generations += theirs.generations
+            ours.pairs += [(better + shift, worse + shift) for better, worse in theirs.pairs]
+            ours.scores += theirs.scores
+            ours.desirable += theirs.desirable
+
+
+def fold_spaces(text: str) -> str:
+    return re.sub(r"[ \t]{2,}", " ", text)
+
+
+class Markers(NamedTuple):
+    """A turn is prefix + text + suffix of its speaker; a prompt ends with `assistant_prefix`."""
+
+    human_prefix: str
+    human_suffix: str
+    assistant_prefix: str
+    assistant_suffix: str
+
+    def prompt(self, messages: Messages, place: str = "") -> str:
+        """The turns before an answer. A system message is the beginning of the next human turn, or one by itself."""
+        text, system = "", []
+        for message in [*messages, {"role": "end", "content": ""}]:
+            role, content = message["role"], message["content"]
+            if role == "system":
+                system.append(content)
+                continue
+            if role in ("user", "human") or system:
+                said = [*system, content] if role in ("user", "human") else system
+                text += self.human_prefix + "\n\n".join(said) + self.human_suffix
+                system = []
+            if role == "assistant":
+                text += self.assistant_prefix + content + self.assistant_suffix
+            elif role not in ("user", "human", "end"):
+                raise UserError(f"{place}: role {role!r}, allowed are system, user and assistant")
+        return text + self.assistant_prefix
+
+    def answer(self, text: str) -> str:
+        return text + self.assistant_suffix

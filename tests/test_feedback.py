@@ -1,0 +1,124 @@
+"""Examples, data sets and markers."""
+
+
+import pytest
+from toy_rows import CUSTOM, say, system
+
+from feedback import Dataset, Example, Messages, fold_spaces
+from utils import UserError
+
+
+@pytest.mark.parametrize("text, folded", [
+    ("a  b", "a b"), ("a \t b", "a b"), ("a\t\tb", "a b"), ("a\tb", "a\tb"), ("a\n\nb", "a\n\nb"), ("  a ", " a "),
+    ("a \n b", "a \n b"), ("", "")])
+def test_two_or_more_blanks_or_tabs_become_one_blank(text: str, folded: str) -> None:
+    assert fold_spaces(text) == folded
+
+
+def test_extra_spaces_go_from_the_prompt_and_every_generation() -> None:
+    example = Example(prompt="a  b\n", generations=["c\t\td", "e\tf"])
+    example.remove_extra_spaces()
+    assert (example.prompt, example.generations) == ("a b\n", ["c d", "e\tf"])
+
+
+def test_an_example_counts_its_generations_and_pairs() -> None:
+    example = Example()
+    assert (example.num_generations(), example.truncation_mode) == (0, "keep_end")
+    example.generations.append("alone")
+    example.add_pair("good", "bad")
+    example.add_labelled("fine", True)
+    assert example.generations == ["alone", "good", "bad", "fine"]
+    assert (example.num_generations(), example.pairs) == (4, [(1, 2)])
+    assert example.desirable == [None, None, None, True]
+
+
+@pytest.mark.parametrize("example, target", [
+    (Example(), None),
+    (Example(generations=["a", "b"]), 0),
+    (Example(generations=["a", "b"], sft_index=1), 1),
+    (Example(generations=["a", "b"], sft_index=1, pairs=[(0, 1)]), 1),
+    (Example(generations=["bad", "good"], desirable=[False, True]), 1),
+    (Example(generations=["bad"], desirable=[False]), None),
+    (Example(generations=["good", "bad"], pairs=[(0, 1)]), 0),
+    (Example(generations=["bad", "good"], pairs=[(1, 0)]), 1),
+    (Example(generations=["unwanted", "good", "bad"], desirable=[False, None, None], pairs=[(1, 2)]), 1)])
+def test_the_sft_target_is_the_one_that_is_set_else_the_best_else_the_first(example: Example, target: int | None
+                                                                            ) -> None:
+    """The best is what a pair or a label calls so; what is only known to be bad is never imitated."""
+    assert example.sft_target() == target
+
+
+def test_a_data_set_makes_an_empty_example_on_first_use() -> None:
+    data = Dataset("mine")
+    example = data["p"]
+    assert (example.prompt, example.dataset_name, example.generations) == ("p", "mine", [])
+    assert data["p"] is example and list(data) == ["p"]
+
+
+def test_merging_keeps_the_pairs_and_labels_of_a_prompt_that_both_have() -> None:
+    """Ours has 2 generations, so the other's pair (0, 1) becomes (2, 3) and its label stands at 4."""
+    ours, theirs = Dataset("ours"), Dataset("theirs")
+    ours["p"].add_pair("a", "b")
+    theirs["p"].add_pair("c", "d")
+    theirs["p"].add_labelled("e", False)
+    theirs["q"].add_pair("x", "y")
+    ours.left_out["why"], theirs.left_out["why"] = 2, 3
+    ours.merge(theirs)
+    assert ours["p"].generations == ["a", "b", "c", "d", "e"]
+    assert ours["p"].pairs == [(0, 1), (2, 3)]
+    assert ours["p"].desirable == [None, None, None, None, False]
+    assert ours["p"].sft_target() == 0
+    assert (ours["q"].dataset_name, ours["q"].pairs) == ("theirs", [(0, 1)])
+    assert ours.left_out == {"why": 5}
+
+
+@pytest.mark.parametrize("ours, target", [
+    (Example(generations=["a", "b"], sft_index=1), 1),
+    (Example(generations=["a", "b"], pairs=[(1, 0)]), 1),
+    (Example(generations=["a", "b"], desirable=[False, True]), 1),
+    (Example(generations=["a", "b"]), 0)])
+def test_merging_keeps_the_sft_target_that_came_first(ours: Example, target: int) -> None:
+    mine, other = Dataset("mine"), Dataset("other")
+    mine["p"] = ours
+    other["p"].add_pair("c", "d")
+    other["p"].sft_index = 0
+    mine.merge(other)
+    assert mine["p"].sft_target() == target
+
+
+@pytest.mark.parametrize("theirs", [Example(generations=["x", "good"], sft_index=1),
+                                    Example(generations=["good"]),
+                                    Example(generations=["good", "x"], pairs=[(0, 1)])])
+def test_merging_takes_the_other_sft_target_where_ours_has_only_bad_ones(theirs: Example) -> None:
+    ours, other = Dataset("ours"), Dataset("other")
+    ours["p"].add_labelled("bad", False)
+    other["p"] = theirs
+    ours.merge(other)
+    target = ours["p"].sft_target()
+    assert target is not None and ours["p"].generations[target] == "good"
+
+
+# Markers -------------------------------------------------------------------------------------------------------------
+
+@pytest.mark.parametrize("messages, prompt", [
+    ([], "### A:\n"),
+    (say("Hi"), "### H:\nHi</h>### A:\n"),
+    (say("Hi", "Yes?", "Bye"), "### H:\nHi</h>### A:\nYes?</a>### H:\nBye</h>### A:\n"),
+    (system("Be brief.") + say("Hi"), "### H:\nBe brief.\n\nHi</h>### A:\n"),
+    (system("S") + say("Hi", "Yes?", "Bye"), "### H:\nS\n\nHi</h>### A:\nYes?</a>### H:\nBye</h>### A:\n"),
+    ([{"role": "human", "content": "Hi"}], "### H:\nHi</h>### A:\n")])
+def test_a_turn_is_prefix_text_suffix_and_a_prompt_ends_with_the_assistants_prefix(messages: Messages, prompt: str
+                                                                                    ) -> None:
+    assert CUSTOM.prompt(messages) == prompt
+
+
+@pytest.mark.parametrize("messages", [system("First.") + system("Second.") + say("Hi"), say("Hi") + system("Second."),
+                                      system("Alone.")])
+def test_no_system_message_is_lost(messages: Messages) -> None:
+    prompt = CUSTOM.prompt(messages)
+    assert [message["content"] for message in messages if message["content"] not in prompt] == []
+
+
+def test_an_unknown_role_is_named_with_its_place() -> None:
+    with pytest.raises(UserError, match="a:7: role 'tool', allowed are system, user and assistant"):
+        CUSTOM.prompt([{"role": "tool", "content": "x"}], "a:7")
