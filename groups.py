@@ -24,6 +24,7 @@ class Group:
     completions: Mapping[str, Ids]
     key: int  # which prompt it is: groups of the same prompt have the same key
     pair: int = -1  # which pair of that prompt it was taken from; -1: none
+    weight: float = 1.0  # by which its loss is multiplied
 
     def __len__(self) -> int:
         """Ids of the prompt and all completions."""

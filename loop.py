@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
     from dataloader import DataLoader
+    from reference import CachedReference
 
 Batch = list[Group]
 
@@ -31,7 +32,7 @@ Batch = list[Group]
 class BasicTrainer:
     """The training loop. A subclass says what a batch's loss is, by `get_batch_metrics`."""
 
-    def __init__(self, config: "DictConfig", policy: Policy, reference: Policy | None,
+    def __init__(self, config: "DictConfig", policy: Policy, reference: "Policy | CachedReference | None",
                  tokenizer: "PreTrainedTokenizerBase", train_loader: "DataLoader | None", eval_loader: "DataLoader",
                  run: Path, *, budget: int, share: bool = True) -> None:
         """budget: padded tokens in a microbatch. share: whether completions of a prompt share a row."""
@@ -46,6 +47,15 @@ class BasicTrainer:
     def needs_KL(cls) -> bool:
         """Whether batches are to bring mismatched completions, under the role KL."""
         return False
+
+    @classmethod
+    def reference_roles(cls) -> list[str]:
+        """The roles whose token log-probs the reference is asked for, where they may come from the cache."""
+        return []
+
+    @classmethod
+    def check(cls, config: "DictConfig") -> None:
+        """Errors: `UserError` where the loss's settings do not fit; called before anything heavy is done."""
 
     def get_batch_metrics(self, batch: Batch, mode: str) -> tuple[Tensor, Metrics | Mapping[str, Any]]:
         """The mean loss of a batch, and metrics to log. mode: 'train' or 'eval'."""
@@ -68,8 +78,8 @@ class BasicTrainer:
                 for window in self.windows():
                     if self.interrupted:
                         break
-                    metrics = self.step(window)
-                    self.log.step(metrics, self.counters())
+                    for metrics in self.steps(window):
+                        self.log.step(metrics, self.counters())
                     bar.advance(sum(map(len, window)), metrics.means())
                     if self.evaluation_is_due(window):
                         self.evaluate()
@@ -97,27 +107,39 @@ class BasicTrainer:
         if window:
             yield window
 
-    def step(self, window: list[Batch]) -> Metrics:
-        """One optimizer step, on the mean of the losses of all the window's examples."""
+    def steps(self, window: list[Batch]) -> Iterator[Metrics]:
+        """The optimizer steps that a window is good for: one."""
+        yield self.step(window)
+
+    def step(self, window: list[Batch], again: bool = False) -> Metrics:
+        """One optimizer step, on the mean of the losses of all the window's examples.
+
+        again: whether they have been counted before.
+        """
         start = time.perf_counter()
         total = sum(map(len, window))
         metrics = Metrics()
         for batch in window:
             metrics.merge(self.accumulate(batch, total))
-        norm = torch.nn.utils.clip_grad_norm_(self.parameters, self.config.model.max_grad_norm)
+        norm = torch.stack([torch.nn.utils.clip_grad_norm_(parameters, limit)
+                            for parameters, limit in self.clipped]).sum()
         self.refuse_non_finite(metrics, norm)
         metrics.add("lr", self.scheduler.get_last_lr()[0])
         self.optimizer.step()
         self.scheduler.step()
         self.optimizer.zero_grad(set_to_none=True)
-        self.examples += total
+        self.examples += 0 if again else total
         self.updates += 1
+        self.after_step()
         seconds = time.perf_counter() - start
         metrics.add("grad_norm", norm)
         metrics.add("examples_per_second", total / seconds)
         metrics.add("tokens_per_second", sum(len(group) for batch in window for group in batch) / seconds)
         metrics.add("memory_GB", peak_memory())
         return metrics
+
+    def after_step(self) -> None:
+        """Called when the policy has moved."""
 
     def refuse_non_finite(self, metrics: Metrics, norm: Tensor) -> None:
         """Stop before the step that would spoil the weights."""
@@ -164,8 +186,13 @@ class BasicTrainer:
         return {"counters/examples": self.examples, "counters/updates": self.updates}
 
     def prepare_optimizer(self) -> None:
-        self.parameters = [p for p in self.policy.parameters() if p.requires_grad]
-        self.optimizer = find_optimizer(self.config.optimizer)(self.parameters, lr=self.config.lr)
+        trained = [p for p in self.policy.parameters() if p.requires_grad]
+        apart = [] if self.policy.value_head is None else list(self.policy.value_head.parameters())
+        own = [p for p in trained if all(p is not other for other in apart)]
+        # A value head's gradient is clipped by itself.
+        self.clipped = [(parameters, limit) for parameters, limit in (
+            (own, self.config.model.max_grad_norm), (apart, self.config.model.v_head_max_grad_norm)) if parameters]
+        self.optimizer = find_optimizer(self.config.optimizer)(trained, lr=self.config.lr)
         warmup = self.config.warmup_steps
         self.scheduler = torch.optim.lr_scheduler.LambdaLR(
             self.optimizer, lambda step: min(1.0, (step + 1) / (warmup + 1)))

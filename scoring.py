@@ -4,87 +4,39 @@
 carries the gradient at the log-probs back through the model, a microbatch at a time.
 """
 
-import inspect
-import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
-from torch.nn.utils.rnn import pad_sequence
 
-from groups import Group
+from arguments import TRAINED, Argument, Losses, couples_examples, exchanged, read_arguments
 from loop import BasicTrainer, Batch
 from metrics import Metrics
-from models import Found, by_item, score
+from models import Found, Policy, by_item, score
+from reference import CachedReference
 from sequences import cut_into_microbatches
+from settings import OPTIONS
 from utils import UserError
 
-Losses = tuple[Tensor, Tensor | None, Tensor | None]  # losses, chosen rewards, rejected rewards
-TRAINED = ("chosen", "rejected")  # roles whose log-probs a gradient flows through
-PROBED, PROBES = 3, 64  # examples a side in the probe of a loss, and how often it is tried
-
-ARGUMENT = re.compile(r"(?:(policy|reference)_)?(chosen|rejected|KL)_(logps|token_logps|scores|lengths)")
-
-
-@dataclass(frozen=True)
-class Argument:
-    """What an argument's name asks for: `policy_chosen_logps`, `reference_KL_logps`, `chosen_lengths`, …"""
-
-    name: str
-    side: str  # policy, reference, or '' for lengths
-    role: str
-    form: str  # logps, token_logps, scores or lengths
-
-    @property
-    def kind(self) -> str:
-        """The model's output that it is made of."""
-        return "scores" if self.form == "scores" else "token_logps"
-
-    @property
-    def trained(self) -> bool:
-        return self.side == "policy" and self.role in TRAINED
-
-    def value(self, batch: Sequence[Group], members: Sequence[int], found: Mapping[str, Found]) -> Tensor:
-        """(n,), or (n, T) token log-probs padded with 0, over the members that have a completion of the role."""
-        having = [i for i in members if self.role in batch[i].completions]
-        any_output = next(iter(next(iter(found["policy"].values())).values()))
-        if self.form == "lengths":
-            return any_output.new_tensor([len(batch[i].completions[self.role]) for i in having])
-        values = [found[self.side][self.kind][i, self.role] for i in having]
-        if not values:
-            return any_output.new_zeros((0, 0) if self.form == "token_logps" else 0)
-        if self.form == "token_logps":
-            return pad_sequence(values, batch_first=True)
-        # In float64: small log-ratios are differences of large sums.
-        return torch.stack([value.double().sum() for value in values])
-
-
-def read_arguments(loss: Any, owner: str) -> list[Argument]:
-    """The arguments in a `loss` method's signature. Errors: `UserError` for a name that means nothing."""
-    arguments = []
-    for name in list(inspect.signature(loss).parameters)[1:]:
-        match = ARGUMENT.fullmatch(name)
-        if (not match or (match[3] == "lengths") == bool(match[1])
-                or (match[3] == "scores" and (match[1] != "policy" or match[2] == "KL"))):
-            raise UserError(f"{owner}.loss asks for {name!r}; it can have {{policy,reference}}_{{chosen,rejected,KL}}_"
-                            "{logps,token_logps}, policy_{chosen,rejected}_scores and {chosen,rejected,KL}_lengths")
-        arguments.append(Argument(name, match[1] or "", match[2], match[3]))
-    return arguments
+if TYPE_CHECKING:
+    from omegaconf import DictConfig
 
 
 class LossTrainer(BasicTrainer):
     """Trains on `loss`, which sees log-probabilities and nothing else.
 
     `loss` gets what its arguments' names ask for, of a whole batch and in its order: `{policy,reference}_` x
-    `{chosen,rejected,KL}_` x `{logps,token_logps}`, `policy_{chosen,rejected}_scores` of a reward head, and
-    `{chosen,rejected,KL}_lengths`. logps are sums over a completion's tokens, in nats, (B,). KL is another example's
-    completion after this prompt; no gradient flows through it. `loss` returns one loss an example (where chosen and
-    rejected are different examples: all chosen, then all rejected), and the rewards of chosen and rejected, or None.
+    `{chosen,rejected,KL}_` x `{logps,mean_logps,token_logps}`, `policy_{chosen,rejected}_scores` of a reward head, and
+    `{chosen,rejected,KL}_lengths`. logps are sums over a completion's tokens (means, where the loss's YAML says
+    `mean_logps: true`), in nats, (B,). KL is another example's completion after this prompt; no gradient flows through
+    it. `loss` returns one loss an example (where chosen and rejected are different examples: all chosen, then all
+    rejected), and the rewards of chosen and rejected, or None. The options of `settings.LOSS` are applied to any.
     """
 
     paired = True  # chosen and rejected of the same number are one example
+    limits: ClassVar[dict[str, tuple[float, float]]] = {}  # of its own settings: above the first, below the second
 
     def loss(self, *args: Tensor) -> Losses:
         raise NotImplementedError
@@ -96,17 +48,49 @@ class LossTrainer(BasicTrainer):
     def needs_KL(cls) -> bool:
         return any(argument.role == "KL" for argument in read_arguments(cls.loss, cls.__name__))
 
+    @classmethod
+    def reference_roles(cls) -> list[str]:
+        asked = read_arguments(cls.loss, cls.__name__)
+        return list(dict.fromkeys(argument.role for argument in asked if argument.side == "reference"))
+
+    @classmethod
+    def check(cls, config: "DictConfig") -> None:
+        """Errors: `UserError` where the loss's settings and what `loss` asks for do not fit."""
+        cfg, asked = config.loss, read_arguments(cls.loss, cls.__name__)
+        file = f"config/loss/{cfg.name}.yaml"
+        names, forms = {argument.name for argument in asked}, {argument.form for argument in asked}
+        reference = bool(cls.reference_roles())
+        if reference and not cfg.use_reference_model:
+            raise UserError(f"loss.use_reference_model: {cls.__name__}.loss asks for reference log-probs; set it to "
+                            f"true in {file}")
+        if "scores" in forms and not cfg.reward_head:
+            raise UserError(f"loss.reward_head: {cls.__name__}.loss asks for scores; set it to true in {file}")
+        for key, (low, high) in cls.limits.items():
+            if not low < cfg[key] < high:
+                raise UserError(f"loss.{key}: got {cfg[key]}, allowed is a number above {low} and below {high} for "
+                                f"{cfg.name}")
+        both = all(exchanged(name) in names for name in names) and any(argument.role in TRAINED for argument in asked)
+        for key, fits, needs in (
+                ("label_smoothing", both, "both classes to exchange"),
+                ("desirable_weight", not cls.paired, "single completions that are desirable or not, no pairs"),
+                ("undesirable_weight", not cls.paired, "single completions that are desirable or not, no pairs"),
+                ("sft_weight", "scores" not in forms, "log-probs of the chosen completion, not scores"),
+                ("mean_logps", "logps" in forms, "an argument of `loss` that is called …_logps"),
+                ("sync_reference_every", reference, "a reference model")):
+            if cfg[key] != OPTIONS[key] and not fits:
+                raise UserError(f"loss.{key}: got {cfg[key]}, allowed is {OPTIONS[key]} for {cfg.name}: the option "
+                                f"needs {needs}")
+
     def __init__(self, *args: Any, **options: Any) -> None:
         super().__init__(*args, **options)
-        self.asked = read_arguments(type(self).loss, type(self).__name__)
-        if any(argument.side == "reference" for argument in self.asked) and self.reference is None:
-            raise UserError(f"loss.use_reference_model: {type(self).__name__}.loss asks for reference log-probs; set "
-                            f"it to true in config/loss/{self.config.loss.name}.yaml")
-        if any(argument.form == "scores" for argument in self.asked) and not self.config.loss.reward_head:
-            raise UserError(f"loss.reward_head: {type(self).__name__}.loss asks for scores; set it to true in "
-                            f"config/loss/{self.config.loss.name}.yaml")
-        self.couples_examples = self.probe() or bool(self.config.loss.couples_examples)
-        self.reference_scores: dict[Any, Found] = {}
+        self.check(self.config)
+        cfg, owner = self.config.loss, type(self).__name__
+        self.arguments = read_arguments(type(self).loss, owner, mean_logps=cfg.mean_logps)
+        self.asked = list(self.arguments)
+        if cfg.sft_weight:
+            self.asked.append(Argument("policy_chosen_mean_logps", "policy", "chosen", "mean_logps"))
+        self.couples_examples = (couples_examples(self.loss, self.arguments, self.paired, owner)
+                                 or bool(cfg.couples_examples))
 
     def outputs_of(self, side: str, roles: Sequence[str]) -> tuple[list[str], list[str]]:
         """(roles, kinds of output) that the loss wants of a side's model, among `roles`."""
@@ -117,15 +101,39 @@ class LossTrainer(BasicTrainer):
         """A side's outputs for the batch, without a graph."""
         roles, kinds = self.outputs_of(side, roles)
         model = self.policy if side == "policy" else self.reference
-        return score(model, batch, roles, kinds, self.budget, self.share) if model is not None and roles else {}
+        return scored(model, batch, roles, kinds, self.budget, self.share) if model is not None and roles else {}
+
+    def compute(self, values: Mapping[str, Tensor], weights: Tensor | None = None) -> Losses:
+        """`loss`, with the options of `config.loss`, on what `self.asked` names; the rewards are detached.
+
+        weights: (n,), of each example, in the order of the losses; None: all 1.
+        """
+        cfg = self.config.loss
+        own = {argument.name: values[argument.name] for argument in self.arguments}
+        losses, *rewards = self.loss(**own)
+        if cfg.label_smoothing:
+            other, _, _ = self.loss(**{name: own[exchanged(name)] for name in own})
+            if not self.paired:  # all chosen come first, which now are the rejected
+                other = other.roll(-next(len(value) for name, value in own.items() if "rejected" in name))
+            losses = (1 - cfg.label_smoothing) * losses + cfg.label_smoothing * other
+        if cfg.sft_weight:
+            imitation = -values["policy_chosen_mean_logps"]
+            losses = losses + cfg.sft_weight * F.pad(imitation, (0, len(losses) - len(imitation)))
+        if weights is not None:
+            losses = losses * weights
+        chosen, rejected = (None if reward is None else reward.detach() for reward in rewards)
+        return losses, chosen, rejected
 
     def call(self, batch: Batch, members: Sequence[int], found: Mapping[str, Found]) -> Losses:
-        """`loss` on some of the batch; what is asked about KL is of all of it."""
+        """The losses of some of the batch; what is asked about KL is of all of it."""
         everyone = range(len(batch))
         values = {a.name: a.value(batch, everyone if a.role == "KL" else members, found) for a in self.asked}
-        losses, chosen_rewards, rejected_rewards = self.loss(**values)
-        return (losses, None if chosen_rewards is None else chosen_rewards.detach(),
-                None if rejected_rewards is None else rejected_rewards.detach())
+        groups = [batch[i] for i in members]
+        if not self.paired:
+            groups = [group for role in TRAINED for group in groups if role in group.completions]
+        weights = [group.weight for group in groups]
+        return self.compute(values, None if set(weights) <= {1.0} else
+                            torch.tensor(weights, dtype=torch.float64, device=self.policy.device))
 
     def accumulate(self, batch: Batch, total: int) -> Metrics:
         """The exact gradient of the whole batch's loss, a microbatch at a time.
@@ -159,13 +167,7 @@ class LossTrainer(BasicTrainer):
         return metrics
 
     def get_batch_metrics(self, batch: Batch, mode: str) -> tuple[Tensor, Metrics]:
-        # The reference is frozen and every evaluation has the same batches: it scores each once.
-        key = tuple((tuple(group.prompt), *((role, *ids) for role, ids in group.completions.items()))
-                    for group in batch)
-        if key not in self.reference_scores:
-            self.reference_scores[key] = self.scored("reference", batch)
-        return self.measure(batch, {"policy": self.scored("policy", batch), "reference": self.reference_scores[key]},
-                            mode)
+        return self.measure(batch, {side: self.scored(side, batch) for side in ("policy", "reference")}, mode)
 
     @torch.no_grad()
     def measure(self, batch: Batch, found: Mapping[str, Found], mode: str) -> tuple[Tensor, Metrics]:
@@ -192,68 +194,58 @@ class LossTrainer(BasicTrainer):
             metrics.add(f"rewards_{mode}/KL_matched", torch.tensor([g.key == after.key for g, after in neighbours]))
         return losses.mean(), metrics
 
-    def probe(self) -> bool:
-        """Whether `loss` couples examples: whether an example alone has another loss or gradient than in company.
-
-        Tried on random values of 3 examples a side, at scales from 0.001 to 1,000, since a clamp may hide a coupling.
-        Errors: `UserError` where `loss` does not return one loss an example.
-        """
-        generator = torch.Generator().manual_seed(0)
-        roles = list(dict.fromkeys(argument.role for argument in self.asked if argument.trained))
-        # An example is the set of (role, number) that it consists of, in the order of the losses.
-        examples = ([{(role, i) for role in TRAINED} for i in range(PROBED)] if self.paired else
-                    [{(role, i)} for role in sorted(roles) for i in range(PROBED)])
-        for _ in range(PROBES):
-            values = _probe_values(self.asked, generator)
-            losses, gradients = self._at(values, set().union(*examples))
-            if losses.shape != (len(examples),):
-                raise UserError(f"{type(self).__name__}.loss returned losses of shape {tuple(losses.shape)}, where "
-                                f"({len(examples)},) is needed for {PROBED} of a side: one loss each, not their mean")
-            for number, members in enumerate(examples):
-                alone, its_gradients = self._at(values, members)
-                expected = {place: gradients[place] for place in its_gradients}
-                same = torch.allclose(alone, losses[number:number + 1], rtol=1e-9, atol=1e-12) and all(
-                    torch.allclose(its_gradients[place], expected[place], rtol=1e-9, atol=1e-12) for place in expected)
-                if not same:
-                    return True
-        return False
-
-    def _at(self, values: Mapping[str, Tensor], members: set[tuple[str, int]]) -> tuple[
-            Tensor, dict[tuple[str, int], Tensor]]:
-        """Losses of some examples, and the gradient of their sum by (argument, number)."""
-        rows = {a.name: [i for i in range(PROBED) if a.role == "KL" or (a.role, i) in members] for a in self.asked}
-        given = {name: values[name][numbers] for name, numbers in rows.items()}
-        leaves = {a.name: given[a.name].requires_grad_() for a in self.asked if a.trained}
-        losses, _, _ = self.loss(**given)
-        if losses.ndim != 1:
-            return losses, {}
-        gradients = torch.autograd.grad(losses.sum(), list(leaves.values()), allow_unused=True)
-        by_place = {}
-        for (name, leaf), gradient in zip(leaves.items(), gradients, strict=True):
-            gradient = torch.zeros_like(leaf) if gradient is None else gradient
-            by_place.update({(name, number): gradient[place] for place, number in enumerate(rows[name])})
-        return losses.detach(), by_place
+    def after_step(self) -> None:
+        """TR-DPO (Gorbatovski et al., 2024): every so often the reference moves towards the policy, or onto it."""
+        every = self.config.loss.sync_reference_every
+        if every and self.updates % every == 0:
+            assert isinstance(self.reference, Policy), "a reference that moves is computed live"
+            with torch.no_grad():
+                for ours, theirs in zip(self.reference.lm.parameters(), self.policy.lm.parameters(), strict=True):
+                    ours.lerp_(theirs.to(ours.dtype), self.config.loss.sync_reference_mix)
 
 
-def _probe_values(asked: Sequence[Argument], generator: torch.Generator) -> dict[str, Tensor]:
-    """Random arguments in float64: the log-ratios' scale and sign vary, and so do the log-probs'."""
-    def draw(*shape: int) -> Tensor:
-        return torch.randn(shape, generator=generator, dtype=torch.float64)
+class PairedPreferenceTrainer(LossTrainer):
+    """For losses of pairs: `loss` returns (B,), the i-th for the i-th chosen and the i-th rejected completion."""
 
-    scale, shift = 10 ** (3 * (2 * torch.rand(2, generator=generator, dtype=torch.float64) - 1))
-    shift = shift * torch.randint(-1, 2, (), generator=generator)
-    logps = {role: -scale * draw(PROBED, 4).abs() for role in (*TRAINED, "KL")}
-    ratios = {role: shift + scale * draw(PROBED, 4) for role in logps}
-    values = {}
-    for argument in asked:
-        if argument.form == "lengths":
-            values[argument.name] = torch.randint(1, 9, (PROBED,), generator=generator).double()
-        elif argument.form == "scores":
-            values[argument.name] = shift + scale * draw(PROBED)
-        else:
-            tokens = logps[argument.role] - (ratios[argument.role] if argument.side == "reference" else 0)
-            values[argument.name] = tokens if argument.form == "token_logps" else tokens.sum(1)
-    return values
+    def compare_rewards(self, batch: Batch, chosen: Tensor, rejected: Tensor, mode: str, metrics: Metrics) -> None:
+        metrics.add(f"rewards_{mode}/margins", chosen - rejected)
+        metrics.add(f"rewards_{mode}/accuracies", chosen > rejected)
+        metrics.add(f"rewards_{mode}/accuracies_unpaired", chosen > rejected.flip(0))
+
+
+class UnpairedPreferenceTrainer(LossTrainer):
+    """For losses of single completions that are known to be good or bad: `loss` returns all chosen, then all rejected.
+
+    A batch may hold one class alone: what is asked of the other is empty, (0,). Accuracies compare the two halves of
+    a pair where the batch has both; an evaluation keeps them together.
+    """
+
+    paired = False
+
+    def weigh(self, desirable: Tensor, undesirable: Tensor) -> Tensor:
+        """(n,): the losses of all chosen, then of all rejected completions, each times its class's weight."""
+        cfg = self.config.loss
+        return torch.cat([cfg.desirable_weight * desirable, cfg.undesirable_weight * undesirable])
+
+    def compare_rewards(self, batch: Batch, chosen: Tensor, rejected: Tensor, mode: str, metrics: Metrics) -> None:
+        rewards: dict[tuple[int, int], dict[str, Tensor]] = {}
+        for role, values in (("chosen", chosen), ("rejected", rejected)):
+            groups = [group for group in batch if role in group.completions]
+            for group, value in zip(groups, values, strict=True):
+                if group.pair >= 0:
+                    rewards.setdefault((group.key, group.pair), {})[role] = value
+        pairs = [sides for sides in rewards.values() if len(sides) == 2]
+        if pairs:
+            metrics.add(f"rewards_{mode}/accuracies",
+                        torch.stack([sides["chosen"] > sides["rejected"] for sides in pairs]))
+
+
+def scored(model: "Policy | CachedReference", batch: Batch, roles: Sequence[str], kinds: Sequence[str], budget: int,
+           share: bool) -> Found:
+    """A model's outputs for the batch, without a graph: computed, or read from the cache."""
+    if isinstance(model, CachedReference):
+        return model.scored(batch, roles)
+    return score(model, batch, roles, kinds, budget, share)
 
 
 def merged(found: Found, more: Found) -> Found:

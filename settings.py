@@ -20,10 +20,16 @@ from utils import REPOSITORY, UserError, let_threads_sleep, nearest
 
 GROUPS = ("model", "loss")
 # What every loss's YAML may declare; those with ??? it must.
+OPTIONS = {"label_smoothing": 0.0,  # how often a label is taken to be wrong
+           "desirable_weight": 1.0, "undesirable_weight": 1.0,  # of the classes of unpaired losses
+           "sft_weight": 0.0,  # of minus the chosen completion's mean log-prob
+           "mean_logps": False,  # log-probs are means over a completion's tokens
+           "sync_reference_every": 0}  # optimizer steps after which the reference moves to the policy; 0: never
 LOSS = {"name": "???", "trainer": "???", "dataloader": "???", "use_reference_model": "???", "reward_head": False,
-        "couples_examples": None}
+        "value_head": False, "couples_examples": None, "chosen_control_token": None, "rejected_control_token": None,
+        **OPTIONS, "sync_reference_mix": 1.0}
 MARKERS = ("human_prefix", "human_suffix", "assistant_prefix", "assistant_suffix")
-MODES = ("train", "eval", "sample")
+MODES = ("train", "eval", "sample", "alpacaeval")
 QUIET = ("hydra.run.dir=.", "hydra.output_subdir=null", "hydra/job_logging=none", "hydra/hydra_logging=none")
 
 
@@ -86,7 +92,10 @@ def entry_point(run: Callable[[DictConfig], None]) -> Callable[[], None]:
 
 
 class user_errors:
-    """Context that prints a `UserError`, or a file that may not be written, and exits with 2; others pass."""
+    """Context that prints a `UserError`, or a file that may not be written, and exits with 2; others pass.
+
+    Ctrl-C ends without a traceback, with 130, where nothing has more to do about it.
+    """
 
     def __enter__(self) -> None:
         pass
@@ -96,6 +105,9 @@ class user_errors:
         if isinstance(error, (UserError, PermissionError)) and not full:
             print(f"error: {error}", file=sys.stderr)
             raise SystemExit(2)
+        if isinstance(error, KeyboardInterrupt) and not full:
+            print("stopped", file=sys.stderr)
+            raise SystemExit(130)
 
 
 def overridden(key: str) -> bool:
@@ -193,9 +205,11 @@ def _check_values(config: DictConfig, defaults: DictConfig) -> None:
     for marker in MARKERS:
         config[marker] = "" if config[marker] is None else config[marker]
     config.datasets = [config.datasets] if isinstance(config.datasets, str) else config.datasets
+    known = {key for key, _ in leaves(defaults)}
     for key, (allowed, words) in RULES.items():
-        value = OmegaConf.select(config, key)
-        _require(allowed(value), key, value, words)
+        if key in known:  # a rule may be of a loss's own setting
+            value = OmegaConf.select(config, key)
+            _require(allowed(value), key, value, words)
     for key, default in leaves(defaults):
         value = OmegaConf.select(config, key)
         for kind, (allowed, words) in KINDS.items():
@@ -264,6 +278,18 @@ RULES: dict[str, tuple[Callable[[Any], bool], str]] = {
     "top_p": (_fraction, "a number above 0, at most 1"),
     "frac_unique_desirable": (_fraction, "a share above 0, at most 1"),
     "frac_unique_undesirable": (_fraction, "a share above 0, at most 1"),
+    "reference": _one_of("cached", "live"),
+    "loss.beta": ((lambda v: _number(v) and v > 0), "a number above 0"),
+    "loss.epsilon": ((lambda v: _number(v) and 0 <= v < 1), "a share of at least 0, below 1"),
+    "loss.alpha": _at_least(0, whole=False),
+    "loss.desirable_weight": _at_least(0, whole=False),
+    "loss.undesirable_weight": _at_least(0, whole=False),
+    "loss.sft_weight": _at_least(0, whole=False),
+    "loss.tau": ((lambda v: _number(v) and 0 < v < 1), "a number above 0, below 1"),
+    "loss.label_smoothing": ((lambda v: _number(v) and 0 <= v < 1), "a share of at least 0, below 1"),
+    "loss.sync_reference_every": _at_least(0),
+    "loss.sync_reference_mix": (_fraction, "a share above 0, at most 1"),
+    "model.v_head_max_grad_norm": ((lambda v: _number(v) and v > 0), "a number above 0"),
     "model.max_length": _at_least(2),
     "model.max_prompt_length": _at_least(1),
     "model.batch_size": _at_least(1),

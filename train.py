@@ -25,9 +25,11 @@ def run(config: "DictConfig") -> None:
     import models
     from dataloader import make_loader
     from loop import find_optimizer
+    from reference import CachedReference, prepare_reference
     from trainers import find_trainer
 
     trainer_class = find_trainer(config.loss.trainer)
+    trainer_class.check(config)
     with_KL = trainer_class.needs_KL()
     find_optimizer(config.optimizer)
     models.check_load_from(config)
@@ -37,7 +39,8 @@ def run(config: "DictConfig") -> None:
 
     policy = models.load_policy(config)
     share = bool(config.model.share_prompts) and models.shares_prompts(policy)
-    reference = models.make_reference(config, policy)
+    reference = prepare_reference(config, models.make_reference(config, policy), trainer_class.reference_roles(),
+                                  [train_loader, eval_loader], share)
     trainer = trainer_class(config, policy, reference, tokenizer, train_loader, eval_loader, folder,
                             budget=models.token_budget(config), share=share)
     if (folder / "LATEST").exists():
@@ -50,7 +53,11 @@ def run(config: "DictConfig") -> None:
     print(f"{config.exp_name}: {config.loss.name} on {', '.join(config.datasets)}: {len(train_loader):,} training and "
           f"{len(eval_loader):,} held-out examples, on {policy.device} in {str(policy.dtype).removeprefix('torch.')}; "
           f"writes {folder}", file=sys.stderr)
-    trainer.train()
+    try:
+        trainer.train()
+    finally:
+        if isinstance(reference, CachedReference):
+            reference.close()
 
 
 def prepare_folder(config: "DictConfig", tokenizer: object, folder: Path) -> None:

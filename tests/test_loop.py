@@ -35,6 +35,8 @@ OPTIMIZERS = sorted(name for name, value in vars(torch.optim).items()
 class Point(nn.Module):
     """Stands for a policy: a single weight, w, which starts at 0."""
 
+    value_head = None
+
     def __init__(self) -> None:
         super().__init__()
         self.weight = nn.Parameter(torch.zeros(1, dtype=torch.float64))

@@ -234,14 +234,18 @@ BAD = {
     "minimum_log_interval_secs": -1, "top_p": 0, "frac_unique_desirable": 1.5, "frac_unique_undesirable": 0,
     "model.max_length": 1, "model.max_prompt_length": 0, "model.batch_size": 0, "model.eval_batch_size": 0,
     "model.gradient_accumulation_steps": 0, "model.max_grad_norm": 0, "model.policy_dtype": "fp32",
+    "reference": "memory", "loss.beta": 0, "loss.epsilon": 1, "loss.alpha": -1,
+    "loss.desirable_weight": -1, "loss.undesirable_weight": "much", "loss.sft_weight": -0.5, "loss.tau": 1, "loss.label_smoothing": 1,
+    "loss.sync_reference_every": -1, "loss.sync_reference_mix": 0, "model.v_head_max_grad_norm": 0,
     "model.reference_dtype": "int8", "model.trainable": "body", "model.tokens_per_microbatch": "all",
 }
 
 
 @pytest.mark.parametrize("key", RULES)
 def test_a_value_that_no_run_could_use_is_an_error_that_says_what_is_allowed(key: str) -> None:
+    loss = {"loss.epsilon": "cdpo", "loss.alpha": "ld-dpo", "loss.tau": "discopop"}.get(key, "kto")
     with pytest.raises(UserError) as error:
-        check(toy_config("kto", **{key.replace(".", "__"): BAD[key]}))
+        check(toy_config(loss, **{key.replace(".", "__"): BAD[key]}))
     assert str(error.value) == f"{key}: got {BAD[key]!r}, allowed is {RULES[key][1]}"
 
 

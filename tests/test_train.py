@@ -131,7 +131,8 @@ def test_a_run_starts_from_the_checkpoint_of_another_and_so_does_its_reference(h
     assert dpo["loss/eval"] == pytest.approx(math.log(2), abs=1e-6)
     assert kto["loss/eval"] == pytest.approx(0.5, abs=1e-6)
     for line in (dpo, kto):
-        assert [line[f"rewards_eval/{side}"] for side in ("chosen", "rejected", "margins")] == pytest.approx([0] * 3)
+        assert [line[f"rewards_eval/{side}"] for side in ("chosen", "rejected", "margins")] == pytest.approx(
+            [0] * 3, abs=1e-6)
 
 
 @pytest.mark.parametrize("spelling", ["sft/LATEST/policy.pt", "sft/LATEST", "sft/LATEST/export",
@@ -153,7 +154,7 @@ def test_a_relative_cache_dir_is_joined_once(home: Path) -> None:
     config = OmegaConf.load(home / "cache/dpo/config.yaml")
     assert (config.cache_dir, config.local_run_dir) == ("cache", "cache/dpo")
     assert [path.name for path in home.iterdir()] == ["cache"]
-    assert {path.name for path in (home / "cache").iterdir()} <= {"sft", "dpo", "kto", "again"}
+    assert {path.name for path in (home / "cache").iterdir()} <= {"sft", "dpo", "kto", "again", "reference.sqlite"}
 
 
 def test_a_run_leaves_nothing_in_the_working_directory(tmp_path: Path) -> None:
