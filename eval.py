@@ -1,9 +1,11 @@
 """Sample from a run, or evaluate it: `python eval.py --config-path=RUN/config.yaml ++mode=sample ++n_samples=512`.
 
 Without a run: `python eval.py model=NAME loss=sft datasets=[demo] exp_name=base ++mode=sample ++saved_policy=null`.
+`++mode=alpacaeval` answers AlpacaEval's instructions; `++datasets=[alpacaeval:FILE]` reads them from a copy.
 """
 
 import json
+import re
 import sys
 from datetime import datetime
 from pathlib import Path
@@ -20,12 +22,10 @@ if TYPE_CHECKING:
 
 
 def run(config: "DictConfig") -> None:
-    if config.mode == "sample":
-        sample(config)
-    elif config.mode == "eval":
-        evaluate(config)
-    else:
-        raise UserError(f"mode: eval.py has sample and eval, got {config.mode!r}; add ++mode=sample")
+    modes = {"sample": sample, "eval": evaluate, "alpacaeval": alpacaeval}
+    if config.mode not in modes:
+        raise UserError(f"mode: eval.py has {', '.join(modes)}, got {config.mode!r}; add ++mode=sample")
+    modes[config.mode](config)
 
 
 def weights_of(config: "DictConfig") -> Path | None:
@@ -48,31 +48,64 @@ def weights_of(config: "DictConfig") -> Path | None:
 def sample(config: "DictConfig") -> None:
     """Write `{samples_dir}/{exp_name}.json`: held-out prompts, the answer to imitate, and the policy's own."""
     from omegaconf import OmegaConf
+
+    from dataloader import load_datasets
+
+    weights, file = weights_of(config), samples_file(config, f"{config.exp_name}.json")
+    examples = pick(list(load_datasets(config, "test").values()), config.n_samples, config.seed)
+    answers = answer(config, weights, examples)
+    write_json(file, {
+        "sampled_at": datetime.now().astimezone().isoformat(timespec="seconds"),
+        "config": OmegaConf.to_container(config),
+        "samples": [{"prompt": example.prompt, "chosen": target(example).removesuffix(config.assistant_suffix),
+                     "policy": text} for example, text in zip(examples, answers, strict=True)]})
+    print(f"wrote {len(answers):,} samples to {file}", file=sys.stderr)
+
+
+def alpacaeval(config: "DictConfig") -> None:
+    """Write `{samples_dir}/alpaca_{exp_name}.json`: the answer to each of AlpacaEval's instructions, in their order.
+
+    Of `datasets` only `alpacaeval` and `alpacaeval:PATH` are looked at; without them it is read from the Hub.
+    """
+    from dataloader import load_datasets
+
+    weights, file = weights_of(config), samples_file(config, f"alpaca_{config.exp_name}.json")
+    named = [name for name in config.datasets if re.match(r"alpacaeval([:?]|$)", name)]
+    instructions = config.copy()
+    instructions.datasets = named or ["alpacaeval"]
+    examples = list(load_datasets(instructions, "test").values())
+    answers = answer(config, weights, examples)
+    suffix = config.assistant_suffix
+    write_json(file, [
+        {"instruction": example.original_prompt.strip(), "output": text.strip(),
+         "reference": target(example).removesuffix(suffix).strip(), "generator": config.exp_name}
+        for example, text in zip(examples, answers, strict=True)])
+    print(f"wrote {len(answers):,} answers to {file}", file=sys.stderr)
+
+
+def samples_file(config: "DictConfig", name: str) -> Path:
+    """Where the samples go; a folder that takes no file is refused before anything is sampled."""
+    folder = Path(config.samples_dir).expanduser()
+    require_writable("samples_dir", folder)
+    return folder / name
+
+
+def answer(config: "DictConfig", weights: Path | None, examples: "list[Example]") -> list[str]:
+    """What the policy answers to each prompt, without the marker that ends an answer."""
     from tqdm import tqdm
 
     import models
     import sampling
-    from dataloader import load_datasets
 
-    weights = weights_of(config)
-    require_writable("samples_dir", Path(config.samples_dir).expanduser())
-    examples = pick(list(load_datasets(config, "test").values()), config.n_samples, config.seed)
     tokenizer = models.load_tokenizer(config, run_folder(config))
     policy = models.load_policy(config, weights, aligned=weights is not None).eval()
-    prompts = prompt_ids(examples, tokenizer, config)
+    # A model that was never trained after the good token is not asked after it.
+    prompts = prompt_ids(examples, tokenizer, config, config.loss.chosen_control_token if weights else None)
     with tqdm(total=len(prompts), desc="sample", unit="prompt", disable=None) as bar:
         answers = sampling.sample(policy, tokenizer, prompts, max_length=config.model.max_length, top_p=config.top_p,
                                   seed=config.seed, stop=config.human_prefix.rstrip(),
                                   batch_size=config.model.eval_batch_size, advance=bar.update)
-    file = Path(config.samples_dir).expanduser() / f"{config.exp_name}.json"
-    suffix = config.assistant_suffix
-    write_json(file, {
-        "sampled_at": datetime.now().astimezone().isoformat(timespec="seconds"),
-        "config": OmegaConf.to_container(config),
-        "samples": [{"prompt": example.prompt, "chosen": target(example).removesuffix(suffix),
-                     "policy": answer.removesuffix(suffix)}
-                    for example, answer in zip(examples, answers, strict=True)]})
-    print(f"wrote {len(answers):,} samples to {file}", file=sys.stderr)
+    return [text.removesuffix(config.assistant_suffix) for text in answers]
 
 
 def pick(examples: "list[Example]", n: int | None, seed: int) -> "list[Example]":
@@ -92,15 +125,17 @@ def target(example: "Example") -> str:
     return "" if index is None else example.generations[index]
 
 
-def prompt_ids(examples: "list[Example]", tokenizer: "PreTrainedTokenizerBase",
-               config: "DictConfig") -> list[list[int]]:
-    """Each prompt's ids, cut to max_prompt_length (by ids) at the end that its data set says."""
+def prompt_ids(examples: "list[Example]", tokenizer: "PreTrainedTokenizerBase", config: "DictConfig",
+               token: str | None = None) -> list[list[int]]:
+    """Each prompt's ids, cut to max_prompt_length (by ids) at the end that its data set says, and the control token."""
+    from dataloader import control_id
     from groups import cut_prompt, encode, starts_with_bos
 
     limit = min(config.model.max_prompt_length, config.model.max_length - 1)
+    control = [control_id(tokenizer, token)] if token else []
     encoded = encode(tokenizer, [example.prompt for example in examples], [""] * len(examples))
-    return [cut_prompt(prompt, config.model.max_length, config.model.max_length, limit, example.truncation_mode,
-                       head=int(starts_with_bos(tokenizer)))
+    return [cut_prompt(prompt + control, config.model.max_length, config.model.max_length, limit,
+                       example.truncation_mode, head=int(starts_with_bos(tokenizer)), tail=len(control))
             for example, (prompt, _) in zip(examples, encoded, strict=True)]
 
 
@@ -108,16 +143,19 @@ def evaluate(config: "DictConfig") -> None:
     """Print the held-out metrics as JSON, and keep them in the run's folder."""
     import models
     from dataloader import make_loader
+    from reference import prepare_reference
     from trainers import find_trainer
 
     weights = weights_of(config)
     trainer_class = find_trainer(config.loss.trainer)
+    trainer_class.check(config)
     folder = run_folder(config)
     tokenizer = models.load_tokenizer(config, folder)
     loader = make_loader(config, tokenizer, "test", with_KL=trainer_class.needs_KL())
     policy = models.load_policy(config, weights, aligned=weights is not None).eval()
-    reference = models.make_reference(config, models.load_policy(config)) if config.loss.use_reference_model else None
     share = bool(config.model.share_prompts) and models.shares_prompts(policy)
+    reference = models.make_reference(config, models.load_policy(config)) if config.loss.use_reference_model else None
+    reference = prepare_reference(config, reference, trainer_class.reference_roles(), [loader], share)
     trainer = trainer_class(config, policy, reference, tokenizer, None, loader, folder,
                             budget=models.token_budget(config), share=share)
     report = {"metadata": {"exp_name": config.exp_name, "datasets": list(config.datasets), "split": "test",

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from checkpoint import cast_state, load_state, read_states, save_states, verify
 from groups import Group, encode, starts_with_bos
 from sequences import AUTO_BUDGET, Rows, cut_into_microbatches, token_logps
-from settings import MARKERS
+from settings import MARKERS, run_folder
 from utils import REPOSITORY, UserError, write_json
 
 if TYPE_CHECKING:
@@ -33,8 +33,11 @@ class Policy(nn.Module):
     """A language model that scores rows, and may carry a scalar head."""
 
     def __init__(self, lm: "PreTrainedModel", *, dtype: torch.dtype | None = None, reward_head: bool = False,
-                 train_body: bool = True) -> None:
-        """dtype: what it computes in (None: what its weights are in). train_body: False freezes all but the head."""
+                 value_head: bool = False, train_body: bool = True, seed: int = 0) -> None:
+        """dtype: what it computes in (None: what its weights are in). train_body: False freezes all but the head.
+
+        seed: of a value head's first weights.
+        """
         super().__init__()
         self.lm: Any = lm  # what transformers declares of its models, a checker cannot follow
         self.dtype = dtype or next(lm.parameters()).dtype
@@ -47,6 +50,7 @@ class Policy(nn.Module):
             head: Any = nn.utils.skip_init(nn.Linear, lm.config.hidden_size, 1, bias=False, dtype=kept)
             nn.init.zeros_(head.weight)
             self.reward_head = head
+        self.value_head = make_value_head(lm, seed) if value_head else None
         self.remembered: dict[bytes, Tensor] = {}  # what a frozen body gave for a completion
         lm.requires_grad_(train_body)
 
@@ -54,17 +58,30 @@ class Policy(nn.Module):
     def device(self) -> torch.device:
         return next(self.parameters()).device
 
+    def heads(self) -> dict[str, nn.Module]:
+        """The heads beside the language model's own, by the name of the file that keeps them."""
+        heads = {"reward_head": self.reward_head, "v_head": self.value_head}
+        return {name: head for name, head in heads.items() if head is not None}
+
     def forward(self, rows: Rows, wanted: Sequence[str] = ("token_logps",)) -> dict[str, Tensor]:
         """What is `wanted` of the rows' completions, in the order of `rows.items`.
 
-        token_logps: (S,), log-probability of each scored id in nats. scores: (C,), the scalar head at the last id.
+        token_logps: (S,), log-probability of each scored id in nats. entropies: (S,), of the distribution that it is
+        from. values: (S,), the value head where each is predicted. scores: (C,), the scalar head at the last id.
         """
         outputs = {}
-        hidden = self.hidden(rows) if "token_logps" in wanted else None
-        if hidden is not None:
+        hidden = self.hidden(rows) if {"token_logps", "values"} & set(wanted) else None
+        predicting = None if hidden is None else hidden[rows.predictors.to(self.device)]
+        if predicting is not None and "token_logps" in wanted:
             with self.computing():
-                outputs["token_logps"] = token_logps(hidden[rows.predictors.to(self.device)], self.head,
-                                                     rows.targets.to(self.device))
+                outputs["token_logps"] = token_logps(predicting, self.head, rows.targets.to(self.device),
+                                                     entropies="entropies" in wanted)
+            if "entropies" in wanted:
+                outputs["token_logps"], outputs["entropies"] = outputs["token_logps"].unbind()
+        if predicting is not None and "values" in wanted:
+            assert self.value_head is not None, "values need a value head"
+            kept = next(self.value_head.parameters()).dtype
+            outputs["values"] = self.value_head(predicting.detach().to(kept))[:, 0]
         if "scores" in wanted:
             assert self.reward_head is not None, "scores need a reward head"
             outputs["scores"] = self.reward_head(self.last_hidden(rows, hidden))[:, 0]
@@ -99,6 +116,15 @@ class Policy(nn.Module):
         logits = self.lm.get_output_embeddings()(hidden)
         cap = getattr(self.lm.config, "final_logit_softcapping", None)
         return logits if cap is None else cap * torch.tanh(logits / cap)
+
+
+def make_value_head(lm: Any, seed: int) -> nn.Sequential:
+    """Two hidden layers and a scalar, in float32 at least."""
+    h, dtype = lm.config.hidden_size, torch.promote_types(next(lm.parameters()).dtype, torch.float32)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        return nn.Sequential(nn.Linear(h, h, dtype=dtype), nn.ReLU(), nn.Linear(h, h, dtype=dtype), nn.ReLU(),
+                             nn.Linear(h, 1, dtype=dtype))
 
 
 # Where models come from ----------------------------------------------------------------------------------------------
@@ -163,7 +189,10 @@ def _dequantised(gguf: Path, cache_dir: Path) -> Path:
 
 
 def load_tokenizer(config: "DictConfig", run: Path | None = None) -> "PreTrainedTokenizerBase":
-    """The tokenizer in the folder `run`, if it has one, else the model's; its chat template is made of the markers."""
+    """The tokenizer in the folder `run`, if it has one, else the model's; its chat template is made of the markers.
+
+    The loss's control tokens are added to it as special tokens, where it has not got them.
+    """
     saved = run is not None and (run / "tokenizer_config.json").is_file()
     model = config.model
     key = "model.tokenizer_name_or_path" if model.tokenizer_name_or_path else "model.name_or_path"
@@ -178,13 +207,25 @@ def load_tokenizer(config: "DictConfig", run: Path | None = None) -> "PreTrained
                         "completion; give another tokenizer")
     if tokenizer.pad_token_id is None:
         tokenizer.pad_token = tokenizer.eos_token
-    tokenizer.chat_template = chat_template({key: config[key] for key in MARKERS}, starts_with_bos(tokenizer))
+    if tokens := control_tokens(config):
+        tokenizer.add_special_tokens({"extra_special_tokens": tokens}, replace_extra_special_tokens=False)
+    tokenizer.chat_template = chat_template({key: config[key] for key in MARKERS}, starts_with_bos(tokenizer),
+                                            config.loss.chosen_control_token or "")
     return tokenizer
 
 
-def chat_template(markers: Mapping[str, str], bos: bool) -> str:
-    """The Jinja template by which other tools write the prompts that this run was trained on."""
+def control_tokens(config: "DictConfig") -> list[str]:
+    """The tokens that the loss puts at the end of its prompts, good and bad; none for most losses."""
+    return [token for token in (config.loss.chosen_control_token, config.loss.rejected_control_token) if token]
+
+
+def chat_template(markers: Mapping[str, str], bos: bool, control: str = "") -> str:
+    """The Jinja template by which other tools write the prompts that this run was trained on.
+
+    control: the token after which good answers were trained on; it ends the prompt of an answer to be generated.
+    """
     hp, hs, ap, as_ = (json.dumps(markers[key], ensure_ascii=False) for key in MARKERS)
+    good = json.dumps(control, ensure_ascii=False)
     gap = "'\\n\\n'"
     flush = ("{% if ns.system %}{{ " + hp + " + ns.system | join(" + gap + ") + " + hs
              + " }}{% set ns.system = [] %}{% endif %}")
@@ -193,7 +234,7 @@ def chat_template(markers: Mapping[str, str], bos: bool) -> str:
             + "{% if m['role'] == 'system' %}{% set ns.system = ns.system + [m['content']] %}"
             + "{% elif m['role'] in ('user', 'human') %}{% set ns.system = ns.system + [m['content']] %}" + flush
             + "{% else %}" + flush + "{{ " + ap + " + m['content'] + " + as_ + " }}{% endif %}{% endfor %}"
-            + flush + "{% if add_generation_prompt %}{{ " + ap + " }}{% endif %}")
+            + flush + "{% if add_generation_prompt %}{{ " + ap + " + " + good + " }}{% endif %}")
 
 
 def load_lm(config: "DictConfig") -> "PreTrainedModel":
@@ -256,11 +297,12 @@ def load_policy(config: "DictConfig", weights: Path | None = None, *, aligned: b
         print(f"loaded {source}: {found['step_idx']} examples seen"
               + "".join(f", {name} {value:.4g}" for name, value in sorted(found["metrics"].items())), file=sys.stderr)
     policy = Policy(lm.to(device()), dtype=compute_dtype(config.model.policy_dtype), reward_head=loss.reward_head,
-                    train_body=config.model.trainable == "all")
-    if policy.reward_head is not None and source is not None:
-        file = (source if source.is_dir() else source.parent) / "reward_head.pt"
-        if file.is_file():
-            load_state(policy.reward_head, read_states(file)["state"], file)
+                    value_head=loss.value_head, train_body=config.model.trainable == "all", seed=config.seed)
+    if source is not None:
+        for name, head in policy.heads().items():
+            file = (source if source.is_dir() else source.parent) / f"{name}.pt"
+            if file.is_file():
+                load_state(head, read_states(file)["state"], file)
     if config.model.activation_checkpointing and policy.train_body:
         # Newer versions of transformers have the new name, and warn about the old one.
         enable = getattr(lm, "activation_checkpointing_enable", None) or lm.gradient_checkpointing_enable
@@ -307,9 +349,27 @@ def fit_embeddings(lm: Any, state: Mapping[str, Tensor]) -> None:
     """Grow the vocabulary to that of the state, which may have control tokens more."""
     embedding: Any = lm.get_input_embeddings().weight
     name = next(name for name, tensor in lm.state_dict().items() if tensor.data_ptr() == embedding.data_ptr())
-    if name in state and len(state[name]) > len(embedding):
-        with torch.random.fork_rng():
-            lm.resize_token_embeddings(len(state[name]), mean_resizing=False)
+    if name in state:
+        grow_vocabulary(lm, len(state[name]))
+
+
+def add_control_rows(lm: Any, config: "DictConfig") -> None:
+    """Grow the vocabulary to that of the tokenizer with the loss's control tokens, where these have no rows yet."""
+    if control_tokens(config):
+        grow_vocabulary(lm, len(load_tokenizer(config, None if config.mode == "train" else run_folder(config))))
+
+
+@torch.no_grad()
+def grow_vocabulary(lm: Any, size: int) -> None:
+    """Give the embedding and the head rows up to `size`: the mean of those that they have. None is taken away."""
+    old = len(lm.get_input_embeddings().weight)
+    if size <= old:
+        return
+    with torch.random.fork_rng():
+        lm.resize_token_embeddings(size, mean_resizing=False)
+    for layer in (lm.get_input_embeddings(), lm.get_output_embeddings()):
+        for tensor in layer.parameters(recurse=False):
+            tensor[old:] = tensor[:old].mean(0, dtype=torch.float64)
 
 
 def make_reference(config: "DictConfig", policy: Policy) -> Policy | None:
@@ -340,8 +400,8 @@ Found = dict[str, dict[tuple[int, str], Tensor]]
 
 
 def by_item(rows: Rows, kind: str, values: Tensor) -> dict[tuple[int, str], Tensor]:
-    """A flat output, cut at its completions: token log-probs to (T,) each, scores to scalars."""
-    parts = values.split(rows.lengths) if kind == "token_logps" else values.unbind()
+    """A flat output, cut at its completions: what there is of each token to (T,), scores to scalars."""
+    parts = values.unbind() if kind == "scores" else values.split(rows.lengths)
     return dict(zip(rows.items, parts, strict=True))
 
 
@@ -383,11 +443,12 @@ def shares_prompts(policy: Policy) -> bool:
 
 def save_policy(policy: Policy, tokenizer: "PreTrainedTokenizerBase", folder: Path, step_idx: int,
                 metrics: Mapping[str, float], dtype: torch.dtype) -> None:
-    """`policy.pt`, the head's state where there is one, and `export/`, which other tools load as it is."""
+    """`policy.pt`, the heads' states where there are any, and `export/`, which other tools load as it is."""
     save_states(folder / "policy.pt", step_idx, policy.lm.state_dict(), metrics, dtype)
+    for name, head in policy.heads().items():
+        save_states(folder / f"{name}.pt", step_idx, head.state_dict(), metrics, torch.float32)
     lm, tokenizer = policy.lm, copy.deepcopy(tokenizer)
     if policy.reward_head is not None:
-        save_states(folder / "reward_head.pt", step_idx, policy.reward_head.state_dict(), metrics, torch.float32)
         lm = as_classifier(policy, tokenizer)
     lm.save_pretrained(folder / "export", state_dict=cast_state(lm.state_dict(), dtype))
     tokenizer.save_pretrained(folder / "export")
