@@ -1,9 +1,10 @@
 """What a data set holds: a prompt, what was answered to it, and what people thought of the answers."""
 
+import math
 import re
 from collections import Counter
 from dataclasses import dataclass, field
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from utils import UserError
 
@@ -12,20 +13,29 @@ Messages = list[dict[str, str]]
 
 @dataclass
 class Example:
-    """One prompt, what was answered to it, and what people thought of the answers."""
+    """One prompt, what was answered to it, and what people thought of the answers.
+
+    `desirable`, `scores` and `weights` run parallel to `generations`; each may be shorter, and what it lacks is unknown
+    (a weight: 1).
+    """
 
     prompt: str = ""  # formatted: turns in their markers, ending with assistant_prefix
     generations: list[str] = field(default_factory=list)  # each ends in assistant_suffix
     pairs: list[tuple[int, int]] = field(default_factory=list)  # (better, worse), indices of generations
-    scores: list[float] = field(default_factory=list)
+    scores: list[float] = field(default_factory=list)  # higher is better (oasst: ranks, lower is); NaN: none
     sft_index: int | None = None  # generation to imitate; None: the best, or the first
-    desirable: list[bool | None] = field(default_factory=list)  # labels of unpaired data, by generation
+    desirable: list[bool | None] = field(default_factory=list)  # labels of unpaired data
     truncation_mode: str = "keep_end"  # which end of a long prompt survives
     dataset_name: str = ""
     original_prompt: str = ""  # unformatted, where it is a single instruction
+    weights: list[float] = field(default_factory=list)  # how much a generation counts in the loss
 
     def num_generations(self) -> int:
         return len(self.generations)
+
+    def weight(self, index: int) -> float:
+        """How much a generation counts; a pair counts as much as its better one."""
+        return self.weights[index] if index < len(self.weights) else 1.0
 
     def sft_target(self) -> int | None:
         """Index of the generation to imitate: the one that is set, the best, or the first that is not known as bad."""
@@ -43,15 +53,27 @@ class Example:
         self.prompt = fold_spaces(self.prompt)
         self.generations = [fold_spaces(text) for text in self.generations]
 
-    def add_pair(self, better: str, worse: str) -> None:
-        first = self.num_generations()
-        self.generations += [better, worse]
-        self.pairs.append((first, first + 1))
-
-    def add_labelled(self, generation: str, label: bool) -> None:
-        self.desirable += [None] * (self.num_generations() - len(self.desirable))
+    def add(self, generation: str, *, label: bool | None = None, score: float | None = None,
+            weight: float = 1.0) -> int:
+        """Add a generation; its index is returned."""
+        index = self.num_generations()
         self.generations.append(generation)
-        self.desirable.append(label)
+        _extend(self.desirable, index, [] if label is None else [label], None)
+        _extend(self.scores, index, [] if score is None else [score], math.nan)
+        _extend(self.weights, index, [] if weight == 1 else [weight], 1.0)
+        return index
+
+    def add_pair(self, better: str, worse: str, weight: float = 1.0) -> None:
+        self.pairs.append((self.add(better, weight=weight), self.add(worse, weight=weight)))
+
+    def add_labelled(self, generation: str, label: bool, weight: float = 1.0) -> None:
+        self.add(generation, label=label, weight=weight)
+
+
+def _extend(values: list[Any], index: int, more: list[Any], unknown: float | None) -> None:
+    """Let `values` go on with `more` from `index` on; what it lacks up to there is `unknown`."""
+    if more:
+        values += [unknown] * (index - len(values)) + more
 
 
 class Dataset(dict[str, Example]):
@@ -60,7 +82,7 @@ class Dataset(dict[str, Example]):
     def __init__(self, name: str) -> None:
         super().__init__()
         self.name = name
-        self.left_out: Counter[str] = Counter()  # why rows were left out -> how many
+        self.left_out: Counter[str] = Counter()  # why rows or pairs were left out -> how many
 
     def __missing__(self, prompt: str) -> Example:
         example = self[prompt] = Example(prompt=prompt, dataset_name=self.name)
@@ -77,11 +99,11 @@ class Dataset(dict[str, Example]):
             ours.sft_index = ours.sft_target()
             if ours.sft_index is None and (target := theirs.sft_target()) is not None:
                 ours.sft_index = target + shift
-            ours.desirable += [None] * (shift - len(ours.desirable))
             ours.generations += theirs.generations
             ours.pairs += [(better + shift, worse + shift) for better, worse in theirs.pairs]
-            ours.scores += theirs.scores
-            ours.desirable += theirs.desirable
+            _extend(ours.desirable, shift, theirs.desirable, None)
+            _extend(ours.scores, shift, theirs.scores, math.nan)
+            _extend(ours.weights, shift, theirs.weights, 1.0)
 
 
 def fold_spaces(text: str) -> str:

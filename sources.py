@@ -1,7 +1,7 @@
 """Rows of a data set, from the Hub or from files, with the place of each for the message about a broken one.
 
 A file is JSON (a list of rows), JSON Lines, either of them gzipped, or Parquet. A folder holds one per split,
-`train.*` and `test.*`. Reading draws on no random state.
+`train.*` and `test.*`. `hf:org/name` is any set on the Hub. Reading draws on no random state.
 """
 
 import gzip
@@ -9,7 +9,7 @@ import hashlib
 import json
 import sys
 import zlib
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +19,8 @@ Row = dict[str, Any]
 ENDINGS = (".json", ".jsonl", ".json.gz", ".jsonl.gz", ".parquet")
 SPLIT_FILES = {"train": ("train",), "test": ("test", "validation", "eval")}
 HELD_OUT = 0.1  # share of the prompts of a file without splits that the test split gets
+HUB = "hf:"
+HUB_OPTIONS = ("config", "split", "test_split", "revision")
 
 
 def is_path(name: str) -> bool:
@@ -26,37 +28,103 @@ def is_path(name: str) -> bool:
     return name.endswith(ENDINGS) or name.startswith(("/", "./", "../", "~")) or Path(name).is_dir()
 
 
-def read_rows(source: str, split: str, *, data_dir: str | None = None) -> Iterator[tuple[str, Row]]:
+def with_options(name: str) -> tuple[str, dict[str, str]]:
+    """`hh?fraction=0.1` as ('hh', {'fraction': '0.1'}); further options follow after `&`."""
+    source, mark, query = name.partition("?")
+    options = dict[str, str]()
+    for part in query.split("&") if mark else []:
+        key, _, value = part.partition("=")
+        if not key or not value or key in options:
+            raise UserError(f"datasets: {name!r}: got {part!r} after the '?', allowed is KEY=VALUE, each key once, "
+                            "joined by '&', and the whole in quotes: \"datasets=['hh?fraction=0.1']\"")
+        options[key] = value
+    return source, options
+
+
+def read_rows(source: str, split: str, *, own_split: str | None = None, data_dir: str | None = None,
+              file: str | None = None, whole: bool = False) -> Iterator[tuple[str, Row]]:
     """(place, row) for every row of `split` ('train' or 'test'): of a file or folder here, else of the Hub.
 
-    place: `file:line`, for messages. Errors: `UserError` for a source that cannot be had or read.
+    place: `file:line`, for messages. own_split: what the source itself calls the split. file: the one that holds the
+    rows on the Hub, where they come with a loading script. whole: a file that names no splits is all of this one.
+    Errors: `UserError` for a source that cannot be had or read.
     """
     path = Path(source).expanduser()
     if not is_path(source):
-        yield from _hub_rows(source, split, data_dir)
+        yield from _hub_rows(source, own_split or split, data_dir, file)
     elif path.is_dir():
-        yield from _file_rows(_split_file(path, split))
+        yield from _file_rows(_split_file(path, split, own_split))
     elif path.is_file():
-        yield from _rows_of_split(path, list(_file_rows(path)), split)
+        yield from _rows_of_split(path, list(_file_rows(path)), split, own_split, whole)
     else:
         raise UserError(f"datasets: no file or folder {path}")
 
 
-def _hub_rows(name: str, split: str, data_dir: str | None) -> Iterator[tuple[str, Row]]:
+def read_hub(name: str, split: str, options: Mapping[str, str]) -> Iterator[tuple[str, Row]]:
+    """(place, row) for every row of `split` of any set on the Hub, or in a folder laid out like one.
+
+    options: `config` and `revision`; `split`, the name of its training split, and `test_split`, of the held-out one.
+    Where these are not named, they are the only ones whose names say so. Without a held-out split a tenth of the
+    prompts of the training split, by their hash, is held out.
+    """
+    config = {"name": options["config"]} if "config" in options else {}
+    revision = {"revision": options["revision"]} if "revision" in options else {}
+    parts = _load(name, "a copy on disk is named by its path", **config, **revision)
+    own = options.get("split") or _own_split(name, list(parts), "train")
+    held_out = options.get("test_split") or _own_split(name, [part for part in parts if part != own], "test")
+    for key, part in (("split", own), ("test_split", held_out)):
+        if part is not None and part not in parts:
+            raise UserError(f"datasets: {HUB}{name}: {key} is {part!r}, allowed are {', '.join(parts)}")
+    if own is None or own == held_out:
+        raise UserError(f"datasets: {HUB}{name}: {'no training split' if own is None else f'both splits are {own!r}'}; "
+                        f"name it, as in '{HUB}{name}?split={next(iter(parts))}' (has {', '.join(parts)})")
+    part = held_out if split == "test" and held_out else own
+    rows = ((f"{HUB}{name}[{part}] row {number}", dict(row)) for number, row in enumerate(parts[part]))
+    yield from rows if held_out else _without_held_out(f"{HUB}{name} has no test split", list(rows), split)
+
+
+def _own_split(name: str, parts: list[str], split: str) -> str | None:
+    """The one of a source's splits that is `split` by its name, or None."""
+    for spelling in SPLIT_FILES[split]:
+        if spelling in parts:
+            return spelling
+    found = [part for part in parts if part.split("_")[0] in SPLIT_FILES[split]]
+    if len(found) > 1:
+        key = "split" if split == "train" else "test_split"
+        raise UserError(f"datasets: {HUB}{name}: which split is the {split} one of {', '.join(found)}? Name it, as in "
+                        f"'{HUB}{name}?{key}={found[0]}'")
+    return found[0] if found else None
+
+
+def _hub_rows(name: str, own_split: str, data_dir: str | None, file: str | None) -> Iterator[tuple[str, Row]]:
+    hint = "for a copy on disk write NAME:PATH, as in datasets=[hh:data/hh.jsonl.gz]"
+    try:
+        rows = _load(name, hint, split=own_split, data_dir=data_dir)
+    except NoLoadingScript:
+        if file is None:
+            raise
+        rows = _load("json", hint, split="train", data_files=f"hf://datasets/{name}/{file}")
+    for number, row in enumerate(rows):
+        yield f"{name}[{own_split}] row {number}", dict(row)
+
+
+class NoLoadingScript(UserError):
+    """The set has a loading script, which the `datasets` library no longer runs."""
+
+
+def _load(path: str, hint: str, **options: Any) -> Any:
     import datasets
 
     try:
-        rows = datasets.load_dataset(name, split=split, data_dir=data_dir)
+        return datasets.load_dataset(path, **options)
     except Exception as error:  # the library raises a dozen kinds; each means that these rows cannot be had
-        raise UserError(f"datasets: {name} cannot be loaded from the Hub ({type(error).__name__}: "
-                        f"{str(error).splitlines()[0] if str(error) else ''}); for a copy on disk write "
-                        "NAME:PATH, as in datasets=[hh:data/hh.jsonl.gz]") from None
-    for number, row in enumerate(rows):
-        yield f"{name}[{split}] row {number}", dict(row)
+        kind = NoLoadingScript if isinstance(error, RuntimeError) and "script" in str(error) else UserError
+        raise kind(f"datasets: {path} cannot be loaded from the Hub ({type(error).__name__}: "
+                   f"{str(error).splitlines()[0] if str(error) else ''}); {hint}") from None
 
 
-def _split_file(folder: Path, split: str) -> Path:
-    for stem in SPLIT_FILES[split]:
+def _split_file(folder: Path, split: str, own_split: str | None) -> Path:
+    for stem in ([own_split] if own_split else []) + list(SPLIT_FILES[split]):
         for ending in ENDINGS:
             if (folder / (stem + ending)).is_file():
                 return folder / (stem + ending)
@@ -113,15 +181,21 @@ def _parsed(text: str, path: Path, first_line: int, hint: str = "") -> Any:
                         f"{hint}") from None
 
 
-def _rows_of_split(path: Path, rows: list[tuple[str, Row]], split: str) -> Iterable[tuple[str, Row]]:
+def _rows_of_split(path: Path, rows: list[tuple[str, Row]], split: str, own_split: str | None,
+                   whole: bool) -> Iterable[tuple[str, Row]]:
     """A `split` column decides; without one a tenth of the prompts, by their hash, is the test split."""
     if any("split" in row for _, row in rows):
-        chosen = [(place, row) for place, row in rows if _split_of(place, row) == split]
+        chosen = [(place, row) for place, row in rows if own_split is not None and row.get("split") == own_split]
+        chosen = chosen or [(place, row) for place, row in rows if _split_of(place, row) == split]
         if not chosen:
             raise UserError(f"datasets: {path} has no row whose split is {split!r}")
         return chosen
+    return rows if whole else _without_held_out(f"{path} has no split column", rows, split)
+
+
+def _without_held_out(what: str, rows: list[tuple[str, Row]], split: str) -> list[tuple[str, Row]]:
     chosen = [(place, row) for place, row in rows if _is_held_out(row) == (split == "test")]
-    print(f"note: {path} has no split column: {len(chosen):,} of {len(rows):,} rows are its {split} split "
+    print(f"note: {what}: {len(chosen):,} of {len(rows):,} rows are its {split} split "
           f"({HELD_OUT:.0%} of the prompts, by hash, are held out)", file=sys.stderr)
     return chosen
 
@@ -141,6 +215,7 @@ def _is_held_out(row: Row) -> bool:
 
 
 def _prompt_text(row: Row) -> str:
+    """What the rows of a prompt share: it, or what SHP, OASST and AlpacaEval have in its place."""
     for key in ("prompt", "messages", "chosen"):
         value = row.get(key)
         if isinstance(value, list):
@@ -148,4 +223,5 @@ def _prompt_text(row: Row) -> str:
             return "\n".join(str(turn.get("content") if isinstance(turn, dict) else turn) for turn in turns)
         if value is not None:  # a prompt, or a transcript: all but the last reply
             return str(value) if key == "prompt" else str(value).rpartition("\n\nAssistant:")[0] or str(value)
-    return json.dumps(row, sort_keys=True, default=str)
+    own = [str(row[key]) for key in ("history", "message_tree_id", "instruction") if row.get(key) is not None]
+    return own[0] if own else json.dumps(row, sort_keys=True, default=str)

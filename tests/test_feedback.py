@@ -1,5 +1,6 @@
 """Examples, data sets and markers."""
 
+import math
 
 import pytest
 from toy_rows import CUSTOM, say, system
@@ -70,6 +71,38 @@ def test_merging_keeps_the_pairs_and_labels_of_a_prompt_that_both_have() -> None
     assert ours["p"].sft_target() == 0
     assert (ours["q"].dataset_name, ours["q"].pairs) == ("theirs", [(0, 1)])
     assert ours.left_out == {"why": 5}
+
+
+def test_scores_weights_and_labels_are_as_long_as_they_need_to_be() -> None:
+    """A plain generation, then a scored, a weighted, a labelled one: what stands before each is unknown."""
+    example = Example()
+    assert [example.add("a"), example.add("b", score=2.0), example.add("c", weight=0.5), example.add("d", label=False),
+            example.add("e")] == [0, 1, 2, 3, 4]
+    assert math.isnan(example.scores[0]) and example.scores[1:] == [2.0]
+    assert example.weights == [1.0, 1.0, 0.5]
+    assert example.desirable == [None, None, None, False]
+    assert [example.weight(index) for index in range(5)] == [1.0, 1.0, 0.5, 1.0, 1.0]
+
+
+def test_a_pair_and_a_labelled_generation_may_have_a_weight() -> None:
+    example = Example()
+    example.add_pair("good", "bad", 3.0)
+    example.add_labelled("fine", True, 0.0)
+    assert [example.weight(index) for index in range(3)] == [3.0, 3.0, 0.0]
+
+
+@pytest.mark.parametrize("ours, theirs, weights, scores", [
+    ([], [2.0], [1.0, 1.0, 2.0, 1.0], []), ([3.0], [], [3.0, 1.0, 1.0, 1.0], []),
+    ([3.0], [2.0, 0.5], [3.0, 1.0, 2.0, 0.5], []), ([], [], [1.0] * 4, [7.0, 8.0])])
+def test_merging_keeps_weights_and_scores_beside_their_generations(
+        ours: list[float], theirs: list[float], weights: list[float], scores: list[float]) -> None:
+    """Two generations on either side, so theirs stand at 2 and 3, whatever of ours is known."""
+    mine, other = Dataset("mine"), Dataset("other")
+    mine["p"] = Example(generations=["a", "b"], weights=ours)
+    other["p"] = Example(generations=["c", "d"], weights=theirs, scores=scores)
+    mine.merge(other)
+    assert [mine["p"].weight(index) for index in range(4)] == weights
+    assert mine["p"].scores[2:] == scores and all(map(math.isnan, mine["p"].scores[:2]))
 
 
 @pytest.mark.parametrize("ours, target", [

@@ -13,7 +13,7 @@ import pyarrow
 import pyarrow.parquet
 import pytest
 
-from sources import ENDINGS, Row, is_path, read_rows
+from sources import ENDINGS, NoLoadingScript, Row, is_path, read_hub, read_rows, with_options
 from utils import UserError
 
 ROWS: list[Row] = [{"prompt": f"Question {number}?", "completion": f"Così è {number}: 是", "split": "train"}
@@ -112,6 +112,31 @@ def test_a_split_column_decides(held_out: str, tmp_path: Path, capsys: pytest.Ca
     assert capsys.readouterr().err == ""
 
 
+def test_a_split_column_with_the_sources_own_word_is_taken_at_it(tmp_path: Path) -> None:
+    """Three splits are training splits by their names; where the source calls its own train_prefs, that one counts."""
+    rows = [{"prompt": name, "split": name} for name in ("train_sft", "train_prefs", "train_gen", "test_prefs")]
+    file = write(tmp_path / "rows.jsonl", rows)
+
+    def own(own_split: str, split: str = "train") -> list[str]:
+        return [row["split"] for _, row in read_rows(str(file), split, own_split=own_split)]
+
+    assert own("train_prefs") == ["train_prefs"]
+    assert own("train") == ["train_sft", "train_prefs", "train_gen"]
+    assert own("validation", "test") == ["test_prefs"]
+
+
+def test_a_folders_file_may_be_called_by_the_sources_own_split(tmp_path: Path) -> None:
+    write(tmp_path / "train.jsonl", ROWS[:1])
+    write(tmp_path / "train_prefs.jsonl", ROWS[1:])
+    assert [row for _, row in read_rows(str(tmp_path), "train", own_split="train_prefs")] == ROWS[1:]
+    assert rows_of(tmp_path) == ROWS[:1]
+
+
+def test_a_file_that_is_whole_holds_nothing_out(tmp_path: Path) -> None:
+    file = write(tmp_path / "rows.jsonl", [{"prompt": str(number)} for number in range(50)])
+    assert len(list(read_rows(str(file), "test", whole=True))) == 50
+
+
 def say(text: str) -> list[dict[str, str]]:
     return [{"role": "user", "content": text}]
 
@@ -125,6 +150,10 @@ SHAPES: dict[str, Callable[[int, int], Row]] = {
     "prompt list": lambda p, n: {"prompt": say(f"Q{p}"), "chosen": reply(f"Yes {n}"), "rejected": reply(f"No {n}")},
     "messages": lambda p, n: {"messages": say(f"Q{p}") + reply(f"Answer {n}")},
     "conversations": lambda p, n: {"chosen": say(f"Q{p}") + reply(f"Yes {n}"), "rejected": say(f"Q{p}") + reply("No")},
+    "SHP": lambda p, n: {"history": f"Q{p}", "human_ref_A": f"Yes {n}"},
+    "OASST": lambda p, n: {"message_tree_id": f"tree {p}", "message_id": f"{p} {n}"},
+    "instructions": lambda p, n: {"instruction": f"Q{p}", "output": f"Yes {n}"},
+    "scored": lambda p, n: {"prompt": f"Q{p}", "completions": [f"Yes {n}"], "scores": [n]},
     "transcripts": lambda p, n: {"chosen": f"\n\nHuman: Q{p}\n\nAssistant: Yes {n}",
                                  "rejected": f"\n\nHuman: Q{p}\n\nAssistant: No {n}"},
 }
@@ -281,6 +310,150 @@ def test_a_hub_that_cannot_be_reached_says_how_to_use_a_copy(error: Exception, m
     with pytest.raises(UserError, match=rf"Anthropic/hh-rlhf cannot .*{type(error).__name__}.*NAME:PATH") as caught:
         list(read_rows("Anthropic/hh-rlhf", "train"))
     assert len(str(caught.value).splitlines()) == 1
+
+
+def test_a_set_with_a_loading_script_is_read_from_the_file_beside_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked = []
+
+    def load(path: str, **options: Any) -> list[Row]:
+        asked.append((path, options))
+        if path != "json":
+            raise RuntimeError("Dataset scripts are no longer supported, but found alpaca_eval.py")
+        return ROWS
+
+    pretend_hub(monkeypatch, load)
+    rows = list(read_rows("org/name", "test", own_split="eval", file="rows.json"))
+    assert rows == [(f"org/name[eval] row {number}", row) for number, row in enumerate(ROWS)]
+    assert asked == [("org/name", {"split": "eval", "data_dir": None}),
+                     ("json", {"split": "train", "data_files": "hf://datasets/org/name/rows.json"})]
+    with pytest.raises(UserError, match="org/name cannot be loaded .*scripts are no longer supported"):
+        list(read_rows("org/name", "test"))
+
+
+def test_a_hub_that_fails_otherwise_is_not_asked_for_the_file(monkeypatch: pytest.MonkeyPatch) -> None:
+    def load(path: str, **options: Any) -> list[Row]:
+        assert path == "org/name"
+        raise ConnectionError("no route")
+
+    pretend_hub(monkeypatch, load)
+    with pytest.raises(UserError, match="no route"):
+        list(read_rows("org/name", "test", own_split="eval", file="rows.json"))
+
+
+# Any set on the Hub --------------------------------------------------------------------------------------------------
+
+def any_set(monkeypatch: pytest.MonkeyPatch, *splits: str, rows: int = 1) -> list[tuple[str, dict[str, Any]]]:
+    """A Hub whose every set has these splits, with `rows` rows that say where they stand; what it was asked."""
+    asked = []
+
+    def load(path: str, **options: Any) -> dict[str, list[Row]]:
+        asked.append((path, options))
+        return {split: [{"prompt": f"{split} {number}"} for number in range(rows)] for split in splits}
+
+    pretend_hub(monkeypatch, load)
+    return asked
+
+
+def prompts_of(split: str, options: dict[str, str]) -> list[str]:
+    return [row["prompt"] for _, row in read_hub("org/name", split, options)]
+
+
+@pytest.mark.parametrize("splits, options, train, test", [
+    (["train", "test"], {}, "train", "test"),
+    (["validation", "test", "train"], {}, "train", "test"),
+    (["train", "validation"], {}, "train", "validation"),
+    (["train_prefs", "test_prefs"], {}, "train_prefs", "test_prefs"),
+    (["train", "train_small", "test", "test_small"], {}, "train", "test"),
+    (["train_prefs", "train_sft", "test"], {"split": "train_sft"}, "train_sft", "test"),
+    (["train", "a", "b"], {"split": "a", "test_split": "b"}, "a", "b"),
+    (["train", "test"], {"split": "test", "test_split": "train"}, "test", "train")])
+def test_the_splits_of_a_set_on_the_hub_are_named_or_the_only_ones_by_their_names(
+        splits: list[str], options: dict[str, str], train: str, test: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    any_set(monkeypatch, *splits)
+    assert list(read_hub("org/name", "train", options)) == [(f"hf:org/name[{train}] row 0", {"prompt": f"{train} 0"})]
+    assert prompts_of("test", options) == [f"{test} 0"]
+
+
+def test_a_config_and_a_revision_reach_the_hub(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked = any_set(monkeypatch, "train", "test")
+    prompts_of("train", {})
+    prompts_of("train", {"config": "small", "revision": "abc"})
+    assert asked == [("org/name", {}), ("org/name", {"name": "small", "revision": "abc"})]
+
+
+@pytest.mark.parametrize("splits, options", [(["train"], {}), (["test"], {"split": "test"})])
+def test_without_a_held_out_split_a_tenth_of_the_prompts_on_the_hub_is_held_out(
+        splits: list[str], options: dict[str, str], monkeypatch: pytest.MonkeyPatch,
+        capsys: pytest.CaptureFixture[str]) -> None:
+    """Of 1,000 a fair tenth is 100 with a standard deviation of 9.5; allowed are five."""
+    any_set(monkeypatch, *splits, rows=1000)
+    train, test = prompts_of("train", options), prompts_of("test", options)
+    assert sorted(train + test) == sorted(f"{splits[0]} {number}" for number in range(1000))
+    assert 52 < len(test) < 148
+    assert f"note: hf:org/name has no test split: {len(train)} of 1,000 rows" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("splits, options, says", [
+    (["train_prefs", "train_sft"], {}, r"which split is the train one of train_prefs, train_sft\?.*"
+                                       r"'hf:org/name\?split=train_prefs'"),
+    (["train", "test_a", "test_b"], {}, r"which split is the test one of test_a, test_b\?.*\?test_split=test_a'"),
+    (["test"], {}, r"no training split; name it, as in 'hf:org/name\?split=test' \(has test\)"),
+    (["train", "test"], {"split": "trian"}, "split is 'trian', allowed are train, test"),
+    (["train", "test"], {"test_split": "dev"}, "test_split is 'dev', allowed are train, test"),
+    (["train", "test"], {"test_split": "train"}, "both splits are 'train'")])
+def test_splits_that_cannot_be_told_are_asked_for(splits: list[str], options: dict[str, str], says: str,
+                                                  monkeypatch: pytest.MonkeyPatch) -> None:
+    any_set(monkeypatch, *splits)
+    for split in ("train", "test"):
+        with pytest.raises(UserError, match=f"datasets: hf:org/name: {says}"):
+            prompts_of(split, options)
+
+
+def test_a_hub_without_the_set_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
+    def load(path: str, **options: Any) -> None:
+        raise FileNotFoundError("nothing there")
+
+    pretend_hub(monkeypatch, load)
+    with pytest.raises(UserError, match="org/name cannot .*nothing there.*a copy on disk is named by its path"):
+        prompts_of("train", {})
+
+
+def test_the_library_itself_reads_a_folder_with_splits(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    import datasets.config
+
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
+    rows = [{"prompt": f"Q{number}", "chosen": reply("Yes"), "rejected": reply("No")} for number in range(3)]
+    (tmp_path / "mine").mkdir()
+    write(tmp_path / "mine/train.jsonl", rows[:2])
+    write(tmp_path / "mine/test.jsonl", rows[2:])
+    assert [row for _, row in read_hub(str(tmp_path / "mine"), "train", {})] == rows[:2]
+    assert [row for _, row in read_hub(str(tmp_path / "mine"), "test", {})] == rows[2:]
+
+
+def test_the_librarys_word_on_loading_scripts_is_the_one_that_is_looked_for(tmp_path: Path) -> None:
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine/mine.py").write_text("")
+    with pytest.raises(NoLoadingScript):
+        list(read_hub(str(tmp_path / "mine"), "train", {}))
+
+
+# Options -------------------------------------------------------------------------------------------------------------
+
+@pytest.mark.parametrize("name, source, options", [
+    ("hh", "hh", {}), ("a/b.jsonl", "a/b.jsonl", {}),
+    ("hh:copy.jsonl?fraction=0.1", "hh:copy.jsonl", {"fraction": "0.1"}),
+    ("hf:org/name?config=a&split=train_b&revision=c=d", "hf:org/name",
+     {"config": "a", "split": "train_b", "revision": "c=d"}),
+    ("s.jsonl?labels=above:7", "s.jsonl", {"labels": "above:7"})])
+def test_options_follow_a_name(name: str, source: str, options: dict[str, str]) -> None:
+    assert with_options(name) == (source, options)
+
+
+@pytest.mark.parametrize("name, got", [("hh?", "''"), ("hh?fraction", "'fraction'"), ("hh?fraction=", "'fraction='"),
+                                       ("hh?=1", "'=1'"), ("hh?a=1&", "''"), ("hh?a=1&a=2", "'a=2'")])
+def test_options_that_are_none_are_named(name: str, got: str) -> None:
+    with pytest.raises(UserError, match=f"got {got} after the '\\?', allowed is KEY=VALUE"):
+        with_options(name)
 
 
 # Reading draws nothing -----------------------------------------------------------------------------------------------

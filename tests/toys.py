@@ -17,6 +17,7 @@ from settings import schema
 V = 61
 # A folder of numbers recorded from the original scripts, where one is at hand; what needs it is skipped without it.
 GOLDEN = Path(os.environ.get("HALOS_GOLDEN", "no-golden-numbers-here"))
+REAL = Path(os.environ.get("HALOS_REAL_DATA", "no-real-data-here"))  # a folder of real rows in the sources' schemas
 SIZES: dict[str, Any] = {"vocab_size": V, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2,
                          "num_attention_heads": 4, "max_position_embeddings": 128}
 FAMILIES = {
