@@ -51,6 +51,9 @@ class PPOTrainer(BasicTrainer):
         if not 0 < cfg.cliprange <= 1:
             raise UserError(f"loss.cliprange: got {cfg.cliprange}, allowed is a number above 0, at most 1; ratios are "
                             "clipped to [cliprange, 1 / cliprange]")
+        for key in ("gamma", "lam"):
+            if not 0 <= cfg[key] <= 1:
+                raise UserError(f"loss.{key}: got {cfg[key]}, allowed is a number from 0 to 1")
         if cfg.ppo_epochs < 1:
             raise UserError(f"loss.ppo_epochs: got {cfg.ppo_epochs}, allowed is a whole number of at least 1")
 
@@ -121,7 +124,7 @@ class PPOTrainer(BasicTrainer):
     def named(self, batch: Batch, metrics: Metrics, mode: str) -> Metrics:
         """Under the names that users know, with one loss a batch, weighted by its examples."""
         suffix, named = "" if mode == "train" else "_eval", Metrics()
-        named.add(f"loss/{mode}", torch.full((len(batch),), metrics.means()["loss/total"]))
+        named.add(f"loss/{mode}", torch.full((len(batch),), metrics.means()["loss/total"], dtype=torch.float64))
         for name, (n, total, squares) in metrics.sums.items():
             if name in ("returns", "val"):
                 named.add(f"{name}/mean{suffix}", total / n)
