@@ -23,7 +23,8 @@ from datetime import datetime
 from pathlib import Path
 from typing import Any
 
-from judge import Comparison, Judge, Markers, Summary, Verdict, looks_like_path, make_judge, notice, summarise
+from feedback import Markers
+from judge import Comparison, Judge, Summary, Verdict, looks_like_path, make_judge, notice, summarise
 from utils import UserError, let_threads_sleep, nearest
 
 DEFAULT_JUDGE = "gpt-4-0613"
@@ -192,7 +193,7 @@ def compare_files(file: str | Path, judge: str | Judge = DEFAULT_JUDGE, *, file2
         raise UserError(f"--max_comp: got {max_comp}; give 1 or more, or leave it out to compare all")
     if not sleep_time >= 0:
         raise UserError(f"--sleep_time: got {sleep_time}; give 0 or more seconds")
-    require_writable("--save_csv", save_csv)
+    require_writable_file("--save_csv", save_csv)
     baseline_key = baseline_key or ("policy" if file2 else "chosen")
     ours = SamplesFile.read(file)
     theirs = SamplesFile.read(file2) if file2 else ours
@@ -251,7 +252,7 @@ def table_of(result: Mapping[str, Any]) -> str:
     return "\n".join(lines)
 
 
-def require_writable(option: str, path: str | Path) -> None:
+def require_writable_file(option: str, path: str | Path) -> None:
     """Looked at before anything is paid for. An empty path is no file."""
     target = Path(path)
     reason = None
@@ -296,7 +297,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     options = vars(parse(argv))
     results_file = Path(options.pop("results_file"))
     try:
-        require_writable("--results_file", results_file)
+        require_writable_file("--results_file", results_file)
         result = compare_files(**options)
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)

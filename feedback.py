@@ -3,6 +3,7 @@
 import math
 import re
 from collections import Counter
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
@@ -111,12 +112,12 @@ def fold_spaces(text: str) -> str:
 
 
 class Markers(NamedTuple):
-    """A turn is prefix + text + suffix of its speaker; a prompt ends with `assistant_prefix`."""
+    """What stands around a speaker's turns; a prompt is some turns and the prefix of the assistant's next one."""
 
-    human_prefix: str
-    human_suffix: str
-    assistant_prefix: str
-    assistant_suffix: str
+    human_prefix: str = "\n<|user|>\n"
+    human_suffix: str = ""
+    assistant_prefix: str = "\n<|assistant|>\n"
+    assistant_suffix: str = ""
 
     def prompt(self, messages: Messages, place: str = "") -> str:
         """The turns before an answer. A system message is the beginning of the next human turn, or one by itself."""
@@ -138,3 +139,39 @@ class Markers(NamedTuple):
 
     def answer(self, text: str) -> str:
         return text + self.assistant_suffix
+
+    @classmethod
+    def from_config(cls, config: Mapping[str, Any]) -> "Markers":
+        """The markers of a run; keys that its config lacks take their defaults, null is no marker."""
+        return cls(**{name: config[name] or "" for name in cls._fields if name in config})
+
+    @property
+    def around(self) -> dict[str, tuple[str, str]]:
+        """Prefix and suffix of each speaker; text before the first marker has the speaker ''."""
+        return {"": ("", ""), "human": (self.human_prefix, self.human_suffix),
+                "assistant": (self.assistant_prefix, self.assistant_suffix)}
+
+    def turns(self, prompt: str) -> list[tuple[str, str]]:
+        """(speaker, text) of every turn, markers taken out."""
+        speakers = {self.human_prefix: "human", self.assistant_prefix: "assistant"}
+        if "" in speakers or len(speakers) < 2:
+            raise UserError(f"the turns of a prompt cannot be told apart by the prefixes {self.human_prefix!r} and "
+                            f"{self.assistant_prefix!r}; they must be two different texts")
+        prefixes = sorted(speakers, key=len, reverse=True)  # where one begins with the other, the longer one is meant
+        pieces = re.split(f"({'|'.join(map(re.escape, prefixes))})", prompt)
+        owners = ["", *(speakers[prefix] for prefix in pieces[1::2])]
+        turns = [(owner, text.removesuffix(self.around[owner][1]))
+                 for owner, text in zip(owners, pieces[::2], strict=True)]
+        return turns if pieces[0] else turns[1:]
+
+    def rewrite_prompt(self, prompt: str, markers: "Markers") -> str:
+        """The same turns in other `markers`."""
+        if markers == self:
+            return prompt
+        turns = self.turns(prompt)
+        text = "".join(text.join(markers.around[speaker]) for speaker, text in turns)
+        return text.removesuffix(markers.assistant_suffix) if turns[-1:] == [("assistant", "")] else text
+
+    def rewrite_response(self, response: str, markers: "Markers") -> str:
+        """The same response, closed by the suffix of other `markers`."""
+        return response.removesuffix(self.assistant_suffix) + markers.assistant_suffix

@@ -14,61 +14,16 @@ import random
 import re
 import sys
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, fields
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal, Protocol
 
+from feedback import Markers
 from utils import UserError
 
 Side = Literal["candidate", "baseline"]
-
-
-@dataclass(frozen=True)
-class Markers:
-    """What stands around a speaker's turns. A prompt is some turns and the prefix of the assistant's next one."""
-
-    human_prefix: str = "\n<|user|>\n"
-    human_suffix: str = ""
-    assistant_prefix: str = "\n<|assistant|>\n"
-    assistant_suffix: str = ""
-
-    @classmethod
-    def from_config(cls, config: Mapping[str, Any]) -> "Markers":
-        """The markers of a run; keys that its config lacks take their defaults, null is no marker."""
-        return cls(**{field.name: config[field.name] or "" for field in fields(cls) if field.name in config})
-
-    @property
-    def around(self) -> dict[str, tuple[str, str]]:
-        """Prefix and suffix of each speaker; text before the first marker has the speaker ''."""
-        return {"": ("", ""), "human": (self.human_prefix, self.human_suffix),
-                "assistant": (self.assistant_prefix, self.assistant_suffix)}
-
-    def turns(self, prompt: str) -> list[tuple[str, str]]:
-        """(speaker, text) of every turn, markers taken out."""
-        speakers = {self.human_prefix: "human", self.assistant_prefix: "assistant"}
-        if "" in speakers or len(speakers) < 2:
-            raise UserError(f"the turns of a prompt cannot be told apart by the prefixes {self.human_prefix!r} and "
-                            f"{self.assistant_prefix!r}; they must be two different texts")
-        prefixes = sorted(speakers, key=len, reverse=True)  # where one begins with the other, the longer one is meant
-        pieces = re.split(f"({'|'.join(map(re.escape, prefixes))})", prompt)
-        owners = ["", *(speakers[prefix] for prefix in pieces[1::2])]
-        turns = [(owner, text.removesuffix(self.around[owner][1]))
-                 for owner, text in zip(owners, pieces[::2], strict=True)]
-        return turns if pieces[0] else turns[1:]
-
-    def rewrite_prompt(self, prompt: str, markers: "Markers") -> str:
-        """The same turns in other `markers`."""
-        if markers == self:
-            return prompt
-        turns = self.turns(prompt)
-        text = "".join(text.join(markers.around[speaker]) for speaker, text in turns)
-        return text.removesuffix(markers.assistant_suffix) if turns[-1:] == [("assistant", "")] else text
-
-    def rewrite_response(self, response: str, markers: "Markers") -> str:
-        """The same response, closed by the suffix of other `markers`."""
-        return response.removesuffix(self.assistant_suffix) + markers.assistant_suffix
 
 
 @dataclass(frozen=True)

@@ -296,6 +296,7 @@ def load_policy(config: "DictConfig", weights: Path | None = None, *, aligned: b
         load_state(lm, found["state"], source)
         print(f"loaded {source}: {found['step_idx']} examples seen"
               + "".join(f", {name} {value:.4g}" for name, value in sorted(found["metrics"].items())), file=sys.stderr)
+    add_control_rows(lm, config)
     policy = Policy(lm.to(device()), dtype=compute_dtype(config.model.policy_dtype), reward_head=loss.reward_head,
                     value_head=loss.value_head, train_body=config.model.trainable == "all", seed=config.seed)
     if source is not None:

@@ -44,7 +44,7 @@ def lines_by_class() -> dict[str, int]:
 
 
 def row(name: str, lines: dict[str, int]) -> str:
-    trainer = OmegaConf.load(REPOSITORY / f"config/loss/{name}.yaml")["trainer"]
+    trainer = str(OmegaConf.select(OmegaConf.load(REPOSITORY / f"config/loss/{name}.yaml"), "trainer"))
     cells = [name, trainer, str(lines[trainer])]
     run = REPOSITORY / CACHE / name
     if (run / "LATEST").exists():

@@ -178,7 +178,7 @@ def test_two_runs_are_compared_on_the_prompts_that_both_have(tmp_path: Path, cap
 def test_two_runs_with_other_markers_are_matched_by_their_turns(tmp_path: Path) -> None:
     ours = write_samples(tmp_path / "ours.json", [(prompt("a"), "", "A"), (prompt("b"), "", "B")])
     rows = [(f"<|im_start|>user\n{x}<|im_end|>\n<|im_start|>assistant\n", "", f"{x}<|im_end|>\n") for x in "ba"]
-    theirs = write_samples(tmp_path / "theirs.json", rows, **vars(CHATML))
+    theirs = write_samples(tmp_path / "theirs.json", rows, **CHATML._asdict())
     judge = LongerWins()
     compare_files(ours, judge, file2=theirs)
     assert [(one.prompt, one.candidate, one.baseline) for one in judge.seen] == [

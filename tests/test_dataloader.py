@@ -11,23 +11,29 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from hydra.core.override_parser.overrides_parser import OverridesParser
 from omegaconf import DictConfig
 from toy_rows import CUSTOM, PAIRED, SINGLE, folder, say
-from toy_tokenizers import CHATML, DEFAULT, toy_tokenizer
+from toy_tokenizers import BUILDERS, CHATML, DEFAULT, toy_tokenizer
 from toys import toy_config
 
 import dataloader
 from dataloader import (
+    ConditionalSFTDataLoader,
     DataLoader,
     PairedPreferenceDataLoader,
+    PrefUnaryDataLoader,
     Row,
+    ScoreDataLoader,
+    ScoreUnaryDataLoader,
     SFTDataLoader,
+    SimpleKTODataLoader,
     UnpairedPreferenceDataLoader,
     load_dataset,
     load_datasets,
     make_loader,
 )
-from feedback import Dataset, Example
+from feedback import Dataset, Example, Markers
 from groups import Group, encode
 from utils import UserError
 
@@ -47,12 +53,24 @@ def test_a_function_added_to_the_module_is_a_data_set_by_its_name(monkeypatch: p
 
 
 @pytest.mark.parametrize("name, says", [
-    ("hhh", r"no dataset 'hhh' \(have demo, demo_judge, hh, hh_harmless, hh_helpful.*\); did you mean 'hh'\?"),
+    ("hhh",
+     r"no dataset 'hhh' \(have alpacaeval, demo, demo_judge, hh, hh_harmless, hh_helpful, oasst, shp, "
+     r"ultrabin, ultrachat\); did you mean 'hh'\?"),
     ("my-set", "no dataset 'my-set' .*add get_my_set to dataloader.py, or give a file's path"),
     ("demo:x.jsonl", r"demo does not read from a path \(x.jsonl\)"),
     ("file", "no dataset 'file'"),
     ("nowhere.jsonl", "no file or folder nowhere.jsonl"),
-    ("hh:nowhere.jsonl", "no file or folder nowhere.jsonl")])
+    ("hh:nowhere.jsonl", "no file or folder nowhere.jsonl"),
+    ("org/name", "no dataset 'org/name' .*hf:org/name for a set on the Hub"),
+    ("demo?fractoin=1", "demo has no option 'fractoin', allowed are fraction; did you mean 'fraction'"),
+    ("hh?pairs=all", "hh has no option 'pairs', allowed are fraction .*pairs, labels are for files and hf: names"),
+    ("hh:a.jsonl?labels=mean", "hh:a.jsonl has no option 'labels'"),
+    ("a.jsonl?split=train", "a.jsonl has no option 'split', allowed are fraction, pairs, labels .*for hf: names"),
+    ("hf:org/name?path=x", "hf:org/name has no option 'path', allowed are fraction, pairs, labels, config, split, "
+                           "test_split, revision"),
+    ("demo?fraction", "got 'fraction' after the '\\?'"),
+    *[(f"demo?fraction={bad}", f"fraction is '{bad}', allowed is a number above 0 and at most 1")
+      for bad in ("0", "1.5", "-1", "nan", "half")]])
 def test_an_unknown_data_set_comes_with_the_choices(name: str, says: str) -> None:
     with pytest.raises(UserError, match=says):
         load_dataset(name, "train", DEFAULT)
@@ -70,6 +88,80 @@ def test_the_data_sets_of_a_run_are_merged_in_its_markers(tmp_path: Path, capsys
         "### H:\nHi</h>### A:\n": [(0, 1), (2, 3)], "### H:\nBye</h>### A:\n": []}
     assert data.name == f"{a}+{b}"
     assert capsys.readouterr().err == ""
+
+
+@pytest.mark.parametrize("override", [
+    "datasets=['hf:org/name?config=default&split=train_prefs&revision=abc','s.jsonl?labels=above:7',hh]",
+    'datasets=["hf:org/name?config=default&split=train_prefs&revision=abc","s.jsonl?labels=above:7","hh"]'])
+def test_a_name_with_options_survives_the_command_line_in_quotes(override: str) -> None:
+    assert OverridesParser.create().parse_override(override).value() == [
+        "hf:org/name?config=default&split=train_prefs&revision=abc", "s.jsonl?labels=above:7", "hh"]
+
+
+def test_a_set_on_the_hub_may_have_any_shape_of_a_file(monkeypatch: pytest.MonkeyPatch) -> None:
+    parts = {"train_a": [PAIRED["UltraFeedback"]], "train_b": [{"prompt": "Hi", "completions": ["No", "Yes"],
+                                                                "scores": [1, 2]}], "test": [SINGLE["messages"]]}
+    monkeypatch.setattr("datasets.load_dataset", lambda path, **options: parts)
+    [pair], [scored], [single] = (
+        load_dataset(f"hf:org/name?{options}", split, CUSTOM).values() for options, split in [
+            ("split=train_a", "train"), ("split=train_b&pairs=all", "train"), ("split=train_a", "test")])
+    assert {example.prompt for example in (pair, scored, single)} == {"### H:\nHi</h>### A:\n"}
+    assert (pair.pairs, scored.pairs, single.pairs) == ([(0, 1)], [(1, 0)], [])
+    assert pair.dataset_name == "hf:org/name"
+
+
+# Fractions of a set --------------------------------------------------------------------------------------------------
+
+@pytest.mark.parametrize("fraction, kept", [("0.07", 7), ("0.071", 8), ("0.001", 1), ("1", 100), ("1e-1", 10)])
+def test_a_fraction_of_a_sets_prompts_is_rounded_up_and_of_training_alone(fraction: str, kept: int, tmp_path: Path,
+                                                                          capsys: Capture) -> None:
+    for split in ("train", "test"):
+        source = folder(tmp_path, [{"prompt": f"Q{n % 100}", "chosen": f"c{n}", "rejected": "r"} for n in range(200)],
+                        split)
+    data = load_dataset(f"{source}?fraction={fraction}", "train", CUSTOM)
+    assert [len(data), *{len(example.pairs) for example in data.values()}] == [kept, 2]
+    assert capsys.readouterr().err == ("" if kept == 100 else f"note: {source}: {kept} of 100 training prompts, as "
+                                       f"fraction={float(fraction):g} asks\n")
+    assert len(load_dataset(f"{source}?fraction={fraction}", "test", CUSTOM)) == 100
+
+
+def test_a_fraction_depends_on_the_prompts_and_the_seed_alone(tmp_path: Path) -> None:
+    """Neither on the rows' order, nor on the markers; it keeps the order.
+
+    Other prompts matter by their number alone: the 15 of the first 50 rows, and those of the 30 of all 100 that are
+    among them, are both the lowest hashes of these, so that one contains the other.
+    """
+    rows = [{"prompt": f"Question {n}?", "completion": "Yes"} for n in range(100)]
+
+    def kept(rows: list[Any], markers: Markers = CUSTOM, seed: int = 0) -> list[str]:
+        data = load_dataset(f"{folder(tmp_path, rows)}?fraction=0.3", "train", markers, seed)
+        return [example.original_prompt for example in data.values()]
+
+    first = kept(rows)
+    assert len(first) == 30 and first == sorted(first, key=lambda prompt: int(prompt.split()[1][:-1]))
+    random.seed(3)
+    assert kept(rows) == first == kept(rows[::-1])[::-1] == kept(rows, CHATML) == kept(rows, DEFAULT)
+    assert kept(rows, seed=1) != first
+    half, among = set(kept(rows[:50])), {row["prompt"] for row in rows[:50]} & set(first)
+    assert len(half) == 15 and (half <= among or among <= half)
+
+
+def test_a_run_mixes_fractions_of_its_sets_by_its_seed(tmp_path: Path) -> None:
+    for name in "ab":
+        (tmp_path / name).mkdir()
+    a, b = (folder(tmp_path / name, [{"prompt": f"{name} {n}", "completion": "Yes"} for n in range(50)])
+            for name in "ab")
+    mixes = [load_datasets(toy_config(datasets=[f"{a}?fraction=0.2", b], seed=seed), "train") for seed in (1, 1, 2)]
+    assert [len(mix) for mix in mixes] == [60, 60, 60]
+    assert list(mixes[0]) == list(mixes[1]) != list(mixes[2])
+    alone = load_dataset(f"{a}?fraction=0.2", "train", DEFAULT, 1)
+    assert list(mixes[0])[:10] == list(alone)
+
+
+def test_what_a_fraction_leaves_out_of_broken_rows_is_still_said(tmp_path: Path) -> None:
+    rows = [{"prompt": f"Q{n}", "completions": ["a", "b"], "scores": [1, n % 2]} for n in range(10)]
+    data = load_dataset(f"{folder(tmp_path, rows)}?pairs=all&fraction=0.5", "train", CUSTOM)
+    assert (len(data), data.left_out) == (5, {"two answers have the same score": 5})
 
 
 # Loaders -------------------------------------------------------------------------------------------------------------
@@ -132,8 +224,11 @@ def test_rows_of_labelled_data_are_chosen_or_rejected_by_their_label() -> None:
     assert found == {key: {"rejected" if key % 2 else "chosen"} for key in range(6)}
 
 
-def test_sft_leaves_out_prompts_with_nothing_to_imitate() -> None:
-    assert sorted(key for key, _, _ in identities(list(loader("sft", singles(6))))) == [0, 2, 4]
+def test_sft_leaves_out_prompts_with_nothing_to_imitate_and_says_so(capsys: Capture) -> None:
+    made = loader("sft", singles(6))
+    assert sorted(key for key, _, _ in identities(list(made))) == [0, 2, 4]
+    assert capsys.readouterr().err == "note: demo: 3 of 6 train prompts have no row for SFTDataLoader\n"
+    assert made.left_out == {"prompts without a row for SFTDataLoader": 3}
 
 
 # Law 3: seeds --------------------------------------------------------------------------------------------------------
@@ -449,6 +544,244 @@ def test_an_evaluation_takes_all_rows_whatever_the_fractions() -> None:
     assert len(rows) == 20
 
 
+# Weights -------------------------------------------------------------------------------------------------------------
+
+def test_a_group_weighs_as_much_as_its_first_generation() -> None:
+    """A pair counts as its better generation does, each half of it as it does itself; 1 where nothing is said."""
+    data = Dataset("toy")
+    data["Why?"].add_pair("good", "bad")
+    data["Why?"].weights = [0.5, 2.0]
+    data["How?"].add_pair("well", "ill")
+
+    def weights(kind: str) -> dict[Any, float]:
+        return {(group.key, *group.completions): group.weight for batch in loader(kind, data) for group in batch}
+
+    assert weights("paired") == {(0, "chosen", "rejected"): 0.5, (1, "chosen", "rejected"): 1.0}
+    assert weights("unpaired") == {(0, "chosen"): 0.5, (0, "rejected"): 2.0, (1, "chosen"): 1.0, (1, "rejected"): 1.0}
+
+
+# Conditional SFT -----------------------------------------------------------------------------------------------------
+
+def conditional(data: Dataset, **overrides: Any) -> ConditionalSFTDataLoader:
+    """Every letter is an id; + and - are the good and the bad token, ids of their own."""
+    tokenizer: Any = BUILDERS["letters"]()
+    tokenizer.add_special_tokens({"extra_special_tokens": ["<|good|>", "<|bad|>"]})
+    return ConditionalSFTDataLoader(toy_config("csft", **overrides), tokenizer, data=data)
+
+
+def written(made: DataLoader, group: Group) -> str:
+    [(role, ids)] = group.completions.items()
+    assert role == "chosen"
+    text: Any = made.tokenizer.decode([*group.prompt, *ids])
+    for token, sign in (("<bos>", "^"), ("<eos>", "$"), ("<|good|>", "+"), ("<|bad|>", "-")):
+        text = text.replace(token, sign)
+    return text
+
+
+def test_good_and_bad_completions_are_imitated_each_after_the_token_of_its_class() -> None:
+    """Two rows a pair and one a labelled generation, all of them as chosen; what is scored does not hold the token."""
+    data = Dataset("toy")
+    data["ab"].add_pair("yes", "no")
+    data["cd"].add_labelled("ok", True)
+    data["cd"].add_labelled("ko", False)
+    made = conditional(data)
+    groups = [group for batch in made for group in batch]
+    assert sorted(written(made, group) for group in groups) == ["^ab+yes$", "^ab-no$", "^cd+ok$", "^cd-ko$"]
+    tokens = {dataloader.control_id(made.tokenizer, token) for token in ("<|good|>", "<|bad|>")}
+    assert all(group.prompt[-1] in tokens and not tokens & set(group.completions["chosen"]) for group in groups)
+
+
+@pytest.mark.parametrize("mode, left", [("keep_end", {"^fgh+wxyz$", "^abcdefgh-x$"}),
+                                        ("keep_start", {"^abc+wxyz$", "^abcdefgh-x$"})])
+def test_the_token_of_the_class_survives_a_cut_and_counts(mode: str, left: set[str]) -> None:
+    """max_length 12, max_prompt_length 5: BOS + 8 + token = 10 ids, with x and EOS 12; with wxyz and EOS 15."""
+    data = Dataset("toy")
+    data["abcdefgh"].add_pair("wxyz", "x")
+    data["abcdefgh"].truncation_mode = mode
+    made = conditional(data, model__max_length=12, model__max_prompt_length=5)
+    assert {written(made, group) for batch in made for group in batch} == left
+
+
+def test_fractions_keep_their_share_of_either_class_of_conditional_sft() -> None:
+    """A fifth of ten good ones, and all ten bad ones."""
+    made = conditional(pairs(10), frac_unique_desirable=0.2, model__max_length=64)
+    signs = Counter(written(made, group).partition("?")[2][0] for batch in made for group in batch)
+    assert signs == {"+": 2, "-": 10}
+
+
+@pytest.mark.parametrize("overrides, says", [
+    ({"loss__chosen_control_token": None}, r"^loss.chosen_control_token: got None, allowed is a token such as"),
+    ({"loss__rejected_control_token": ""}, r"^loss.rejected_control_token: got '', allowed is a token such as"),
+    ({"loss__rejected_control_token": "<|good|>"}, "^loss.rejected_control_token: got .*which is the chosen one, too"),
+    ({"loss__chosen_control_token": "<|fine|>"}, r"control token '<\|fine\|>': the tokenizer has no such token; .*"
+                                                 "loss.chosen_control_token")])
+def test_control_tokens_that_cannot_be_used_are_said_by_their_key(overrides: dict[str, Any], says: str) -> None:
+    with pytest.raises(UserError, match=says):
+        conditional(pairs(2), **overrides)
+
+
+@pytest.mark.parametrize("kind", ["letters", "pieces"])  # one that knows every byte, one with an <unk>
+def test_an_unknown_token_is_not_taken_for_another(kind: str) -> None:
+    with pytest.raises(UserError, match="the tokenizer has no such token"):
+        dataloader.control_id(toy_tokenizer(kind), "<|good|>")
+
+
+# One row a prompt, and scores ----------------------------------------------------------------------------------------
+
+def texts_of(batches: Sequence[Sequence[Group]], tokenizer: str = "byte-bpe") -> list[dict[str, str]]:
+    """Each group's completions by role, without the EOS."""
+    return [{role: toy_tokenizer(tokenizer).decode(ids[:-1]) for role, ids in group.completions.items()}
+            for batch in batches for group in batch]
+
+
+def build(kind: type[DataLoader], data: Dataset, split: str = "train", **overrides: Any) -> DataLoader:
+    return kind(toy_config(**overrides), toy_tokenizer("byte-bpe"), split, data=data)
+
+
+def test_one_output_a_prompt_comes_from_its_first_pair_chosen_and_rejected_in_turn() -> None:
+    """Nine prompts with two pairs: five chosen, four rejected, each prompt once; an evaluation shows the turns."""
+    for split in ("train", "test"):
+        found = texts_of(list(build(PrefUnaryDataLoader, pairs(9, each=2), split)))
+        assert Counter(role for row in found for role in row) == {"chosen": 5, "rejected": 4}
+        parsed = [(role, *text.split()) for row in found for role, text in row.items()]
+        assert all(word == {"chosen": "good", "rejected": "bad"}[role] and place == "0"
+                   for role, word, _, place in parsed)
+        assert sorted(int(number) for _, _, number, _ in parsed) == list(range(9))
+    assert [next(iter(row)) for row in found] == ["chosen", "rejected"] * 4 + ["chosen"]
+    assert [int(number) for _, _, number, _ in parsed] != list(range(9))  # over the shuffled prompts
+
+
+def test_who_is_chosen_depends_on_the_seed_and_prompts_without_a_pair_are_passed_over(capsys: Capture) -> None:
+    """Four prompts with a pair take turns, however the two without one are mixed in; those are said."""
+    data = pairs(4)
+    data["more"].add_labelled("a", True)
+    data["most"].add_labelled("b", True)
+    chosen = []
+    for seed in range(6):
+        rows = [row for batch in build(PrefUnaryDataLoader, data, seed=seed) for row in batch]
+        chosen.append(frozenset(group.key for group in rows if "chosen" in group.completions))
+        assert (len(rows), len(chosen[-1])) == (4, 2)
+    assert len(set(chosen)) > 1
+    assert capsys.readouterr().err == 6 * "note: demo: 2 of 6 train prompts have no row for PrefUnaryDataLoader\n"
+
+
+@pytest.mark.parametrize("kind, rows", [(PrefUnaryDataLoader, 8), (ScoreUnaryDataLoader, 8), (SimpleKTODataLoader, 13)])
+def test_every_unpaired_loader_keeps_the_fractions(kind: type[DataLoader], rows: int) -> None:
+    """Ten prompts give 5 + 5 rows of one output each, of which ceil(5 * 0.5) + 5 stay; the halves 10 * 0.3 + 10."""
+    data = pairs(10)
+    for example in data.values():
+        example.scores = [2.0, 1.0]
+    share = 0.3 if kind is SimpleKTODataLoader else 0.5
+    assert len(build(kind, data, frac_unique_desirable=share)) == rows
+    assert len(build(kind, data, "test", frac_unique_desirable=share)) == (20 if kind is SimpleKTODataLoader else 10)
+
+
+def scored(answers: dict[str, dict[str, float]], pairs: dict[str, list[tuple[int, int]]] | None = None) -> Dataset:
+    """Prompts whose generations are the keys, with their scores."""
+    data = Dataset("toy")
+    for prompt, scores in answers.items():
+        data[prompt].generations, data[prompt].scores = list(scores), list(scores.values())
+        data[prompt].pairs = (pairs or {}).get(prompt, [])
+    return data
+
+
+NAN = float("nan")
+SCORED = {"one": {"a": 3.0, "b": 1.0, "c": 2.0}, "two": {"d": 5.0, "e": NAN, "f": 7.0}, "tied": {"g": 4.0, "h": 4.0},
+          "none": {"i": NAN, "j": NAN}}
+
+
+@pytest.mark.parametrize("pairs, best, worst", [
+    (None, {"a", "f"}, {"b", "d"}),  # higher is better where no pair says otherwise
+    ({"one": [(0, 2)]}, {"a", "f"}, {"b", "d"}),  # 3 over 2
+    ({"one": [(1, 2), (2, 0)]}, {"b", "d"}, {"a", "f"}),  # 1 over 2 over 3: ranks, in both prompts
+    ({"one": [(1, 2)], "two": [(2, 0), (2, 1)], "tied": [(0, 1)]}, {"a", "f"}, {"b", "d"}),  # one up, one down
+])
+def test_one_output_a_prompt_is_its_best_or_its_worst_by_score(
+        pairs: dict[str, list[tuple[int, int]]] | None, best: set[str], worst: set[str]) -> None:
+    """Of the prompts that have two different scores one gives its best, the other its worst."""
+    for seed in range(4):
+        found = texts_of(list(build(ScoreUnaryDataLoader, scored(SCORED, pairs), seed=seed)))
+        [chosen] = [row["chosen"] for row in found if "chosen" in row]
+        [rejected] = [row["rejected"] for row in found if "rejected" in row]
+        assert chosen in best and rejected in worst and {chosen, rejected} not in ({"a", "b"}, {"d", "f"})
+
+
+@pytest.mark.parametrize("pairs, expected", [
+    (None, {"ac", "ab", "cb", "fd"}), ({"one": [(1, 0)]}, {"ca", "ba", "bc", "df"})])
+def test_scores_imply_a_pair_of_any_two_that_differ(pairs: dict[str, list[tuple[int, int]]] | None, expected: set[str]
+                                                    ) -> None:
+    """a 3, c 2, b 1 and f 7, d 5: three pairs and one; ties and what has no score make none."""
+    made = build(ScoreDataLoader, scored(SCORED, pairs))
+    found = [row["chosen"] + row["rejected"] for row in texts_of(list(made))]
+    assert sorted(found) == sorted(expected)
+    assert len({(group.key, group.pair) for batch in made for group in batch}) == 4
+
+
+def test_which_way_scores_go_is_asked_of_each_data_set() -> None:
+    """Ranks in one, ratings in the other, mixed in a run."""
+    data = scored(SCORED, {"one": [(1, 0)]})
+    data["two"].dataset_name = "ratings"
+    found = {row["chosen"] + row["rejected"] for row in texts_of(list(build(ScoreDataLoader, data)))}
+    assert found == {"ca", "ba", "bc", "fd"}
+
+
+# As many of each class in a batch ------------------------------------------------------------------------------------
+
+def classes(batches: Sequence[Sequence[Group]]) -> list[str]:
+    """Each batch as a word: c a chosen row, r a rejected one."""
+    return ["".join(next(iter(group.completions))[0] for group in batch) for batch in batches]
+
+
+@pytest.mark.parametrize("good, bad, expected", [
+    (6, 6, ["crcr", "crcr", "crcr"]), (6, 3, ["crcr", "crcc", "c"]), (2, 7, ["crcr", "rrrr", "r"]), (0, 2, ["rr"])])
+@pytest.mark.parametrize("split", ["train", "test"])
+def test_chosen_and_rejected_come_in_turn_and_what_is_left_of_one_class_comes_last(
+        good: int, bad: int, expected: list[str], split: str) -> None:
+    """Batches of 4; three rows of the larger class are left of 6 and 3, five of 2 and 7."""
+    data = Dataset("toy")
+    for number in range(good + bad):
+        data[f"Question {number}?"].add_labelled(f"answer {number}", number < good)
+    made = build(SimpleKTODataLoader, data, split, n_epochs=2)
+    batches = list(made)
+    epochs = [batches[start:start + len(expected)] for start in range(0, len(batches), len(expected))]
+    assert [classes(epoch) for epoch in epochs] == [expected] * (2 if split == "train" else 1)
+    assert all(sorted(key for key, _, _ in identities(epoch)) == list(range(good + bad)) for epoch in epochs)
+    if split == "train" and good + bad > 4:
+        assert identities(epochs[0]) != identities(epochs[1])
+
+
+def test_an_epoch_that_ends_early_has_as_many_of_each_class() -> None:
+    """Eight of the 9 + 9 rows of nine pairs, and an evaluation's pairs side by side."""
+    assert classes(list(build(SimpleKTODataLoader, pairs(9), n_examples=8))) == ["crcr", "crcr"]
+    halves = identities(list(build(SimpleKTODataLoader, pairs(9), "test")))
+    assert [key for key, _, _ in halves[::2]] == [key for key, _, _ in halves[1::2]]
+
+
+# Contradictions ------------------------------------------------------------------------------------------------------
+
+@pytest.mark.parametrize("kind", [UnpairedPreferenceDataLoader, SimpleKTODataLoader, ConditionalSFTDataLoader])
+def test_completions_that_are_labelled_both_ways_are_said_with_their_rate(kind: type[DataLoader], capsys: Capture
+                                                                          ) -> None:
+    """A ranking a > b > c as two pairs has b in both roles, and so has the repeated d: 2 of the 5 texts."""
+    data = Dataset("toy")
+    data["one"].generations, data["one"].pairs = ["a", "b", "c"], [(0, 1), (1, 2)]
+    data["two"].add_labelled("d", True)
+    data["two"].add_labelled("d", False)
+    data["six"].add_labelled("b", False)
+    config = toy_config("csft", loss__chosen_control_token="<bos>", loss__rejected_control_token="<pad>")
+    made = kind(config, toy_tokenizer("letters"), data=data)
+    assert len(made) == 7
+    said = "note: demo: 2 of 5 train completions (40.0%) are chosen in one row and rejected in another\n"
+    assert capsys.readouterr().err == said
+
+
+def test_nothing_is_said_where_no_completion_is_labelled_both_ways(capsys: Capture) -> None:
+    data = pairs(4)
+    data["more"].add_labelled("good 0 0", False)  # the text of another prompt
+    loader("unpaired", data)
+    assert capsys.readouterr().err == ""
+
+
 # Evaluation ----------------------------------------------------------------------------------------------------------
 
 def test_an_evaluation_keeps_the_two_halves_of_a_pair_in_neighbouring_rows() -> None:
@@ -472,6 +805,14 @@ def test_an_evaluation_reads_its_own_sizes_once_in_one_order(kind: str) -> None:
 
 
 # make_loader ---------------------------------------------------------------------------------------------------------
+
+def test_the_loaders_of_the_contract_are_found_by_name() -> None:
+    names = {*(kind.__name__ for kind in KINDS.values()), "ConditionalSFTDataLoader", "PrefUnaryDataLoader",
+             "ScoreUnaryDataLoader", "ScoreDataLoader", "SimpleKTODataLoader"}
+    with pytest.raises(UserError) as refused:
+        make_loader(toy_config("dpo", loss__dataloader=None), toy_tokenizer("byte-bpe"), "train")
+    assert names <= set(re.findall(r"\w+", str(refused.value)))
+
 
 @pytest.mark.parametrize("kind", KINDS.values())
 def test_the_loader_that_a_loss_names_is_made_with_the_data_of_the_run(kind: type[DataLoader]) -> None:

@@ -10,19 +10,21 @@ from typing import Any
 import pytest
 import torch
 from omegaconf import OmegaConf
-from test_train import call, lines, says, words
+from scripts import call, lines, says, words
 from toy_tokenizers import toy_tokenizer
 from transformers import LlamaConfig
 
+import dataloader
 import eval as evaluation
 import sampling
 import train
+from feedback import Dataset
 from utils import REPOSITORY
 
 Capture = pytest.CaptureFixture[str]
 Patch = pytest.MonkeyPatch
 QUICK = ["mode=sample", "model.max_length=40", "model.max_prompt_length=32", "model.eval_batch_size=64"]
-LOSSES = ["sft", "dpo", "kto", "bradley-terry"]
+LOSSES = ["sft", "dpo", "kto", "bradley-terry", "csft", "ppo"]
 N_PROMPTS = 120  # in the test split of the embedded data, each of them once
 
 
@@ -273,6 +275,99 @@ def test_sampling_is_that_of_the_run_and_of_the_command_line(monkeypatch: Patch,
         "max_length": 40, "top_p": 0.5, "seed": 4, "stop": "\n[Q]", "batch_size": 64, "training": False}
 
 
+@pytest.fixture
+def seen(monkeypatch: Patch) -> list[str]:
+    """The prompts, decoded, that are given to the sampler, whose answers are `1`, `2`, …"""
+    seen: list[str] = []
+
+    def answers(policy: Any, tokenizer: Any, prompts: Any, **options: Any) -> list[str]:
+        seen.extend(tokenizer.decode(ids) for ids in prompts)
+        return [f" {number} <|end|>\n" for number in range(1, len(prompts) + 1)]
+
+    monkeypatch.setattr(sampling, "sample", answers)
+    return seen
+
+
+@pytest.mark.parametrize("loss", ["csft", "ppo", "bradley-terry"])
+def test_a_run_of_any_loss_can_be_sampled(loss: str, some: dict[str, Any], tmp_path: Path) -> None:
+    samples = samples_of(tmp_path, f"--config-path=cache/{loss}", "++n_samples=5", name=loss)["samples"]
+    assert [sample["prompt"] for sample in samples] == [sample["prompt"] for sample in some["samples"]]
+    assert all(sample["policy"] for sample in samples)
+
+
+@pytest.mark.parametrize("limit", [200, 24])
+def test_conditional_sft_answers_after_the_good_token_which_the_file_does_not_show(limit: int, seen: list[str],
+                                                                                  tmp_path: Path) -> None:
+    """The token counts in the limit and survives it: a cut prompt has one id less of its text."""
+    samples = samples_of(tmp_path, "--config-path=cache/csft", "++n_samples=20", f"model.max_prompt_length={limit}",
+                         "model.max_length=200", name="csft")["samples"]
+    with_token, seen[:] = list(seen), []
+    samples_of(tmp_path, "--config-path=cache/sft", "++n_samples=20", f"model.max_prompt_length={limit - 1}",
+               "model.max_length=199")
+    assert with_token == [f"{prompt}<|good|>" for prompt in seen]
+    assert all(sample["prompt"].endswith(text.removesuffix("<|good|>"))
+               for sample, text in zip(samples, with_token, strict=True))
+    assert "<|good|>" not in json.dumps(samples)
+
+
+def test_before_any_training_no_token_is_added(seen: list[str], tmp_path: Path) -> None:
+    """A model that never saw it is sampled as it is without a run."""
+    samples = samples_of(tmp_path, "--config-path=cache/csft", "++n_samples=5", "++saved_policy=null",
+                         "model.max_length=256", "model.max_prompt_length=255", name="csft")["samples"]
+    assert seen == [sample["prompt"] for sample in samples]
+
+
+# AlpacaEval ----------------------------------------------------------------------------------------------------------
+
+INSTRUCTIONS = [{"dataset": "helpful_base", "instruction": f"Name {n} birds. ", "output": f"\nHere  are {n}.",
+                 "generator": "text_davinci_003"} for n in (7, 3, 5)]
+
+
+def alpaca(tmp_path: Path, *arguments: str, name: str = "sft") -> list[dict[str, str]]:
+    """The file that mode=alpacaeval writes on INSTRUCTIONS."""
+    (tmp_path / "copy.json").write_text(json.dumps(INSTRUCTIONS))
+    assert call(evaluation.main, *arguments, f"++datasets=[demo,'alpacaeval:{tmp_path / 'copy.json'}']",
+                "++mode=alpacaeval", "model.max_length=48", f"samples_dir={tmp_path}") == 0
+    assert [file.name for file in tmp_path.glob("*.json") if file.name != "copy.json"] == [f"alpaca_{name}.json"]
+    return json.loads((tmp_path / f"alpaca_{name}.json").read_text())
+
+
+@pytest.mark.parametrize("loss", ["sft", "csft"])
+def test_alpacaeval_writes_the_layout_of_the_contract(loss: str, seen: list[str], tmp_path: Path) -> None:
+    """All instructions in their order, whatever n_samples is; texts are stripped, and without the runs' end marker."""
+    found = alpaca(tmp_path, f"--config-path=cache/{loss}", "++n_samples=1", "++exp_name=mine", name="mine")
+    assert found == [{"instruction": f"Name {n} birds.", "output": str(place), "reference": f"Here  are {n}.",
+                      "generator": "mine"} for place, n in enumerate((7, 3, 5), 1)]
+    token = "<|good|>" if loss == "csft" else ""
+    assert seen == [f"\n<|user|>\nName {n} birds. \n<|assistant|>\n{token}" for n in (7, 3, 5)]
+
+
+def test_alpacaeval_keeps_the_last_batch_and_its_text_does_not_depend_on_batches(tmp_path: Path) -> None:
+    """Three instructions in batches of 2, and in one."""
+    found = [alpaca(tmp_path, "--config-path=cache/sft", f"model.eval_batch_size={size}") for size in (2, 3)]
+    assert found[0] == found[1]
+    assert len({answer["output"] for answer in found[0]}) == 3
+
+
+@pytest.mark.parametrize(("named", "read"), [
+    ("demo", ["alpacaeval"]), ("demo,alpacaeval", ["alpacaeval"]), ("demo,'alpacaeval:a.json'", ["alpacaeval:a.json"]),
+    ("alpacaeval_mine", ["alpacaeval"])])
+def test_alpacaeval_reads_no_other_data_set(named: str, read: list[str], seen: list[str], monkeypatch: Patch,
+                                            tmp_path: Path) -> None:
+    asked = []
+
+    def load(name: str, split: str, *rest: Any) -> Dataset:
+        asked.append((name, split))
+        data = Dataset(name)
+        data["Why?"].generations.append("So.")
+        return data
+
+    monkeypatch.setattr(dataloader, "load_dataset", load)
+    assert call(evaluation.main, "--config-path=cache/sft", f"++datasets=[{named}]", "++mode=alpacaeval",
+                f"samples_dir={tmp_path}") == 0
+    assert asked == [(name, "test") for name in read] and len(seen) == 1
+
+
 # Mistakes ------------------------------------------------------------------------------------------------------------
 
 BASE = ["model=tiny", "loss=sft", "datasets=[demo]", "exp_name=base"]
@@ -280,7 +375,7 @@ BASE = ["model=tiny", "loss=sft", "datasets=[demo]", "exp_name=base"]
 
 @pytest.mark.parametrize(("arguments", "expected"), [
     (["--config-path=nowhere", "++mode=sample"], ["--config-path: ", "nowhere/config.yaml"]),
-    (["--config-path=cache/sft"], ["mode: ", "'train'", "sample and eval"]),
+    (["--config-path=cache/sft"], ["mode: ", "'train'", "sample, eval, alpacaeval"]),
     (["--config-path=cache/sft", "++mode=smaple"], ["mode: ", "'smaple'", "sample"]),
     (["--config-path=cache/sft", "++mode=eval", "++n_exampels=3"], ["n_exampels", "did you mean 'n_examples'?"]),
     (["--config-path=cache/sft", "++mode=eval", "++saved_policy=none.pt"], ["saved_policy: ", "none.pt"]),

@@ -324,6 +324,12 @@ def test_a_borrowed_completion_is_cut_to_what_the_prompt_leaves_and_the_prompt_s
     assert (second.prompt, second.completions) == (range(3), {"rejected": [20, 21, 22, 23, 24], "KL": [10, 11]})
 
 
+def test_a_group_keeps_its_weight_whatever_it_borrows() -> None:
+    """1 unless it is said; the borrowed completion's own weight stays with its group."""
+    light, heavy = Group([1], {"chosen": [2]}, key=0, weight=0.5), Group([3], {"rejected": [4]}, key=1)
+    assert [group.weight for group in with_mismatched([light, heavy], max_length=8)] == [0.5, 1.0]
+
+
 def test_the_groups_that_were_given_are_not_changed() -> None:
     batch = batch_of([0, 0, 1])
     with_mismatched(batch, max_length=3)

@@ -13,10 +13,10 @@ from typing import Any
 
 import pytest
 
+from feedback import Markers
 from judge import (
     Comparison,
     HuggingFaceJudge,
-    Markers,
     OpenAIJudge,
     PromptTemplate,
     RewardModelJudge,

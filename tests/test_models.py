@@ -22,6 +22,7 @@ from transformers import (
     GPT2Config,
     GPTNeoXConfig,
     LlamaConfig,
+    PhiConfig,
     PretrainedConfig,
     PreTrainedModel,
     PreTrainedTokenizerBase,
@@ -289,6 +290,31 @@ def test_the_chat_template_takes_human_for_user_as_the_loaders_do(tokenizer: Pre
             == Markers(*MARKERS["default"]).prompt(messages))
 
 
+def test_control_tokens_are_special_added_once_and_saved_with_the_tokenizer(tmp_path: Path,
+                                                                            tokenizer: PreTrainedTokenizerBase) -> None:
+    """512 tokens and two, each one id wherever it stands in a text; a run's own tokenizer has them already."""
+    made = models.load_tokenizer(toy_config("csft"))
+    made.save_pretrained(tmp_path)
+    for loaded in (made, models.load_tokenizer(toy_config("csft"), tmp_path), AutoTokenizer.from_pretrained(tmp_path)):
+        assert len(loaded) == 514
+        assert loaded("a<|good|><|bad|> b", add_special_tokens=False)["input_ids"] == [
+            *tokenizer("a")["input_ids"], 512, 513, *tokenizer(" b")["input_ids"]]
+        assert {"<|good|>", "<|bad|>", *tokenizer.all_special_tokens} == set(loaded.all_special_tokens)
+    assert len(models.load_tokenizer(toy_config("kto"))) == 512
+
+
+@pytest.mark.parametrize("token", ["<|good|>", "{{ '\"good\"' }}"])
+def test_the_chat_template_ends_the_prompt_of_an_answer_with_the_good_token(token: str, bos_folder: Path) -> None:
+    """Only there: earlier turns, and answers that are given, have none."""
+    config = toy_config("csft", model__tokenizer_name_or_path=str(bos_folder), loss__chosen_control_token=token)
+    loaded = models.load_tokenizer(config)
+    for messages in CONVERSATIONS.values():
+        prompt = Markers(*MARKERS["default"]).prompt(messages)
+        ids: Any = loaded.apply_chat_template(messages, add_generation_prompt=True)
+        assert ids["input_ids"] == [*encode(loaded, [prompt], ["x"])[0][0], loaded.convert_tokens_to_ids(token)]
+        assert token not in str(loaded.apply_chat_template([*messages, ANSWER], tokenize=False))
+
+
 # Loading weights -----------------------------------------------------------------------------------------------------
 
 def trained(config: DictConfig, seed: int = 5) -> Policy:
@@ -434,6 +460,74 @@ def test_growing_the_vocabulary_draws_on_no_global_state() -> None:
     torch.random.set_rng_state(before)
     assert lm.config.vocab_size == V + 2
     assert same
+
+
+@pytest.mark.parametrize("kind", ["llama", "tied-llama", "gptneox"])
+def test_the_rows_of_new_tokens_are_the_mean_of_the_others(kind: str) -> None:
+    """In the embedding and in the head, also where they are one; rows that exist are never taken away."""
+    lm = toy_lm(kind)
+    before = [input_weight(lm).detach().clone(), output_weight(lm).detach().clone()]
+    for size in (V + 2, V):
+        models.grow_vocabulary(lm, size)
+        for weight, old in zip((input_weight(lm), output_weight(lm)), before, strict=True):
+            assert torch.equal(weight[:V], old)
+            torch.testing.assert_close(weight[V:], old.mean(0).expand(2, -1), rtol=0, atol=1e-12)
+        assert (output_weight(lm) is input_weight(lm)) == (kind == "tied-llama")
+        assert lm.config.vocab_size == V + 2
+
+
+def test_the_bias_of_a_head_grows_with_it() -> None:
+    lm: Any = AutoModelForCausalLM.from_config(PhiConfig(**{**SIZES, "vocab_size": 3}))
+    with torch.no_grad():
+        lm.lm_head.bias.copy_(torch.tensor([1.0, 2.0, 6.0]))
+    models.grow_vocabulary(lm, 4)
+    assert lm.lm_head.bias.tolist() == [1.0, 2.0, 6.0, 3.0]
+
+
+@pytest.mark.parametrize("kind", ["llama", "tied-llama", "gptneox"])
+@pytest.mark.parametrize("start", ["sft", "csft"])
+def test_conditional_sft_starts_from_a_checkpoint_with_its_extra_rows_or_without(
+        tmp_path: Path, tokenizer: PreTrainedTokenizerBase, kind: str, start: str) -> None:
+    """From SFT's 512 rows: two more, the mean of what was loaded. From its own 514: as they were saved."""
+    base = model_folder(tmp_path / "base", small(kind))
+    before = trained(toy_config(start, model__name_or_path=base))
+    save_run(before, tokenizer, tmp_path / "start")
+    loaded = models.load_policy(toy_config("csft", cache_dir=str(tmp_path), model__name_or_path=base,
+                                           model__load_from="start/LATEST/policy.pt")).lm
+    for weight_of in (input_weight, output_weight):
+        weight, old = weight_of(loaded), weight_of(before.lm)
+        assert (len(old), len(weight)) == (512 if start == "sft" else 514, 514)
+        expected = old if start == "csft" else torch.cat([old, old.mean(0).expand(2, -1)])
+        torch.testing.assert_close(weight, expected, rtol=0, atol=1e-7)
+    assert loaded.config.vocab_size == 514
+    assert (output_weight(loaded) is input_weight(loaded)) == (kind == "tied-llama")
+
+
+def test_conditional_sft_from_the_base_model_has_rows_for_its_tokens() -> None:
+    base, loaded = (input_weight(models.load_policy(toy_config(loss)).lm) for loss in ("sft", "csft"))
+    torch.testing.assert_close(loaded, torch.cat([base, base.mean(0).expand(2, -1)]), rtol=0, atol=1e-7)
+
+
+def test_a_vocabulary_with_room_for_the_control_tokens_stays_as_it_is(tmp_path: Path) -> None:
+    """As Pythia's, whose model has more rows than its tokenizer has tokens: the 514 ids fit 520 rows."""
+    sizes = {**SIZES, "vocab_size": 520}
+    folder = model_folder(tmp_path / "padded", LlamaConfig(**sizes, bos_token_id=None, eos_token_id=0))
+    loaded = models.load_policy(toy_config("csft", model__name_or_path=folder))
+    assert same_weights(loaded.lm, models.load_policy(toy_config("sft", model__name_or_path=folder)).lm)
+
+
+def test_the_export_of_conditional_sft_has_the_tokens_and_their_rows(tmp_path: Path) -> None:
+    """Plain `transformers` reads 514 rows; the template's last id is the good token's, whose row is among them."""
+    config = toy_config("csft")
+    policy, tokenizer = trained(config), models.load_tokenizer(config)
+    save_policy(policy, tokenizer, tmp_path, 7, {}, torch.float32)
+    exported = AutoModelForCausalLM.from_pretrained(tmp_path / "export")
+    loaded: Any = AutoTokenizer.from_pretrained(tmp_path / "export")
+    ids = loaded.apply_chat_template([QUESTION], add_generation_prompt=True)["input_ids"]
+    assert (ids[-1], exported.config.vocab_size, len(loaded)) == (512, 514, 514)
+    group = Group(ids, {"chosen": loaded("Yes.")["input_ids"]}, 0)
+    found = score(policy, [group], ["chosen"], ["token_logps"], BUDGET, True)["token_logps"][0, "chosen"]
+    torch.testing.assert_close(plain_logps(exported, [group]), found, rtol=1e-6, atol=2e-6)
 
 
 @pytest.mark.parametrize(("kind", "names"), [

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 import toys
-from test_train import call, lines, words
+from scripts import call, lines, words
 from torch import Tensor
 from toys import toy_config, toy_groups, toy_policy
 

@@ -45,11 +45,15 @@ def blocks(language: str, after: str) -> list[str]:
     return re.findall(rf"```{language}\n(.*?)```", README[README.index(after):], re.DOTALL)
 
 
+def copy_of_the_repository(folder: Path) -> Path:
+    folder.mkdir()
+    for path in [*REPOSITORY.glob("*.py"), *(REPOSITORY / name for name in ("config", "examples", "losses"))]:
+        (shutil.copytree if path.is_dir() else shutil.copy)(path, folder / path.name)
+    return folder
+
+
 def test_the_walk_through_of_a_new_loss_runs_as_it_stands(tmp_path: Path, endpoint: str) -> None:
-    checkout = tmp_path / "halos"
-    checkout.mkdir()
-    for path in [*REPOSITORY.glob("*.py"), REPOSITORY / "config", REPOSITORY / "examples"]:
-        (shutil.copytree if path.is_dir() else shutil.copy)(path, checkout / path.name)
+    checkout = copy_of_the_repository(tmp_path / "halos")
     with (checkout / "trainers.py").open("a") as file:
         file.write("\n\n" + blocks("python", "## A new loss")[0])
     (checkout / "config/loss/kto-simple.yaml").write_text(blocks("yaml", "## A new loss")[0])
@@ -70,6 +74,26 @@ def test_the_walk_through_of_a_new_loss_runs_as_it_stands(tmp_path: Path, endpoi
     steps = [json.loads(line) for line in (checkout / ".cache/kto-simple_tiny/metrics.jsonl").read_text().splitlines()]
     assert steps[-1]["counters/examples"] == 64
     assert steps[0]["loss/train"] == pytest.approx(0.5, abs=1e-6)
+
+
+def test_the_walk_through_of_a_new_loader_runs_as_it_stands(tmp_path: Path) -> None:
+    """Added at the end of dataloader.py, it is found by name and has a row for each of the demo's 433 prompts."""
+    checkout = copy_of_the_repository(tmp_path / "halos")
+    with (checkout / "dataloader.py").open("a") as file:
+        file.write("\n\n" + blocks("python", "## A new loader")[0])
+    python, *words = blocks("", "look at what it would train on")[0].split()
+    assert python == "python"
+    done = subprocess.run([sys.executable, *words], cwd=checkout, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.startswith("train: ShortestTargetDataLoader\n")
+    assert "  rows        433 an epoch (433 chosen), 433 in all, 8 a batch\n" in done.stdout
+
+
+def test_the_preview_that_the_readme_shows_is_what_the_command_prints() -> None:
+    [command] = re.findall(r"`(python dataloader.py [^`]* loss=kto)`", README)
+    shown = re.search(r"```\n  (train: .*?)\n  ```", README, re.DOTALL)
+    done = subprocess.run([sys.executable, *command.split()[1:]], cwd=REPOSITORY, capture_output=True, text=True)
+    assert shown and done.stdout.startswith(shown[1].replace("\n  ", "\n") + "\n\n")
 
 
 def test_the_file_tree_names_every_module() -> None:

@@ -7,9 +7,8 @@ from typing import Any
 
 import pytest
 from hydra import compose, initialize_config_dir
-from hydra.core.global_hydra import GlobalHydra
-from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig, OmegaConf
+from scripts import forget_hydra
 from toys import toy_config
 
 from settings import (
@@ -36,11 +35,6 @@ Patch = pytest.MonkeyPatch
 def hydra_of_a_new_process() -> Iterator[None]:
     yield
     forget_hydra()
-
-
-def forget_hydra() -> None:
-    GlobalHydra.instance().clear()
-    HydraConfig.instance().cfg = None
 
 
 def settle(*arguments: str, look: Callable[[DictConfig], Any] = lambda config: config) -> Any:
@@ -235,7 +229,8 @@ BAD = {
     "model.max_length": 1, "model.max_prompt_length": 0, "model.batch_size": 0, "model.eval_batch_size": 0,
     "model.gradient_accumulation_steps": 0, "model.max_grad_norm": 0, "model.policy_dtype": "fp32",
     "reference": "memory", "loss.beta": 0, "loss.epsilon": 1, "loss.alpha": -1,
-    "loss.desirable_weight": -1, "loss.undesirable_weight": "much", "loss.sft_weight": -0.5, "loss.tau": 1, "loss.label_smoothing": 1,
+    "loss.desirable_weight": -1, "loss.undesirable_weight": "much", "loss.sft_weight": -0.5,
+    "loss.tau": 1, "loss.label_smoothing": 1,
     "loss.sync_reference_every": -1, "loss.sync_reference_mix": 0, "model.v_head_max_grad_norm": 0,
     "model.reference_dtype": "int8", "model.trainable": "body", "model.tokens_per_microbatch": "all",
 }
@@ -393,11 +388,17 @@ def test_a_users_mistake_ends_with_2_and_one_line(error: Exception, capsys: Capt
     assert capsys.readouterr().err == f"error: {error}\n"
 
 
-@pytest.mark.parametrize("error", [ValueError("a bug"), KeyError("x"), KeyboardInterrupt()])
+@pytest.mark.parametrize("error", [ValueError("a bug"), KeyError("x")])
 def test_our_own_mistakes_keep_their_traceback(error: BaseException, capsys: Capture) -> None:
     with pytest.raises(type(error)) as raised, user_errors():
         raise error
     assert raised.value is error and capsys.readouterr().err == ""
+
+
+def test_ctrl_c_where_nothing_is_to_be_saved_ends_in_a_word(capsys: Capture) -> None:
+    with pytest.raises(SystemExit) as stopped, user_errors():
+        raise KeyboardInterrupt
+    assert stopped.value.code == 130 and capsys.readouterr().err == "stopped\n"
 
 
 def test_the_traceback_of_a_users_mistake_can_be_asked_for(monkeypatch: Patch) -> None:

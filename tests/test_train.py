@@ -1,18 +1,16 @@
 """`train.py` as people call it: what a run leaves behind, and how each mistake ends."""
 
-import json
 import math
 import os
 import subprocess
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
 from omegaconf import OmegaConf
-from test_settings import forget_hydra
+from scripts import call, lines, says, words
 from toys import toy_lm
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -26,32 +24,6 @@ from utils import REPOSITORY
 
 Capture = pytest.CaptureFixture[str]
 Patch = pytest.MonkeyPatch
-# 16 examples in 2 steps; lr and warm-up are such that the weights move.
-SMALL = {"model": "tiny", "loss": "sft", "datasets": "[demo]", "exp_name": "toy", "wandb.enabled": "false",
-         "n_examples": "16", "n_eval_examples": "8", "lr": "1e-3", "warmup_steps": "0"}
-
-
-def words(**changes: str | None) -> list[str]:
-    """A command line: SMALL with changes, `model__batch_size="4"` and the like; None leaves a key out."""
-    settings = {**SMALL, **{key.replace("__", "."): value for key, value in changes.items()}}
-    return [f"{key}={value}" for key, value in settings.items() if value is not None]
-
-
-def call(main: Callable[[], None], *arguments: str) -> int:
-    """The exit code of a script that is called with these arguments, in this process."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(sys, "argv", ["script.py", *arguments])
-        try:
-            main()
-        except SystemExit as stopped:
-            return stopped.code if isinstance(stopped.code, int) else int(stopped.code is not None)
-        finally:
-            forget_hydra()
-    return 0
-
-
-def lines(file: Path) -> list[dict[str, Any]]:
-    return [json.loads(line) for line in file.read_text().splitlines()]
 
 
 @pytest.fixture(scope="module")
@@ -215,17 +187,6 @@ def test_a_trainer_below_the_losses_needs_get_batch_metrics_alone(tmp_path: Path
 def python_train(here: Path, *arguments: str) -> "subprocess.CompletedProcess[str]":
     return subprocess.run([sys.executable, str(REPOSITORY / "train.py"), *arguments], cwd=here, text=True,
                           capture_output=True, env={**os.environ, "OMP_NUM_THREADS": "1"}, timeout=200)
-
-
-def says(code: int, screen: str, *expected: str) -> None:
-    """One clear message: Hydra's own, with the choices, or a last line that begins with `error:`; and no traceback."""
-    assert "Traceback" not in screen and "Error executing job" not in screen, screen
-    if "Available options" not in screen:
-        errors = [line for line in screen.splitlines() if line.startswith("error: ")]
-        assert code == 2 and len(errors) == 1 and screen.splitlines()[-1] == errors[0], screen
-        screen = errors[0]
-    assert code != 0
-    assert all(word in screen for word in expected), screen
 
 
 @pytest.mark.parametrize(("changes", "expected"), [
