@@ -1,10 +1,10 @@
 """Every loss of config/loss: how long it is, and 20 steps of it on smollm2-135m and the embedded data.
 
-    python benchmarks/losses.py            # the table in docs/losses.md; about 40 minutes on 2 CPU cores
+    python benchmarks/losses.py            # the table in docs/losses.md; about half an hour on 2 CPU cores
     python benchmarks/losses.py --lines    # lines per loss alone
 
-A batch has 4 rows of at most 128 tokens; losses are means over the first and the last 5 steps, the accuracy is that of
-32 held-out rows afterwards. A run that is complete is not run again.
+A batch has 2 rows of at most 128 tokens; losses are means over the first and the last 5 steps, the accuracy is that of
+16 held-out rows afterwards. A run that is complete is not run again.
 """
 
 import ast
@@ -18,8 +18,8 @@ from omegaconf import OmegaConf
 REPOSITORY = Path(__file__).resolve().parent.parent
 CACHE = Path(".cache/losses")
 SETTINGS = ["model=smollm2-135m", "datasets=[demo]", "mode=train", f"++cache_dir={CACHE}", "++wandb.enabled=false",
-            "++model.max_length=128", "++model.max_prompt_length=64", "++model.batch_size=4",
-            "++model.eval_batch_size=8", "++n_examples=80", "++n_eval_examples=32", "++lr=5e-6", "++warmup_steps=2",
+            "++model.max_length=128", "++model.max_prompt_length=64", "++model.batch_size=2",
+            "++model.eval_batch_size=8", "++n_examples=40", "++n_eval_examples=16", "++lr=5e-6", "++warmup_steps=2",
             "++optimizer=AdamW", "++do_first_eval=false"]
 
 
