@@ -150,14 +150,15 @@ def evaluate(config: "DictConfig") -> None:
     trainer_class = find_trainer(config.loss.trainer)
     trainer_class.check(config)
     folder = run_folder(config)
+    find_cache(config, folder)
     tokenizer = models.load_tokenizer(config, folder)
     loader = make_loader(config, tokenizer, "test", with_KL=trainer_class.needs_KL())
     policy = models.load_policy(config, weights, aligned=weights is not None).eval()
     share = bool(config.model.share_prompts) and models.shares_prompts(policy)
     reference = models.make_reference(config, models.load_policy(config)) if config.loss.use_reference_model else None
-    reference = prepare_reference(config, reference, trainer_class.reference_roles(), [loader], share)
     trainer = trainer_class(config, policy, reference, tokenizer, None, loader, folder,
                             budget=models.token_budget(config), share=share)
+    trainer.reference = prepare_reference(config, reference, trainer_class.reference_roles(), [loader], share)
     report = {"metadata": {"exp_name": config.exp_name, "datasets": list(config.datasets), "split": "test",
                            "examples": len(loader), "policy": str(weights or config.model.name_or_path),
                            "reference": str(models.load_from(config) or config.model.name_or_path)
@@ -167,6 +168,18 @@ def evaluate(config: "DictConfig") -> None:
     print(json.dumps(report, indent=2))
     which = "" if not overridden("saved_policy") else f"-{weights.parent.name}" if weights else "-unaligned"
     write_json(folder / f"eval{which}.json", report)
+
+
+def find_cache(config: "DictConfig", run: Path) -> None:
+    """Where a run was moved, what stood beside it may stand beside it now; what may not be written to is only read."""
+    if not Path(config.cache_dir).expanduser().is_dir():
+        config.cache_dir = str(run.absolute().parent)
+    if config.loss.use_reference_model and config.reference == "cached":
+        try:
+            require_writable("cache_dir", Path(config.cache_dir).expanduser())
+        except UserError as error:
+            print(f"note: {error}; the reference is computed live", file=sys.stderr)
+            config.reference = "live"
 
 
 main = entry_point(run)

@@ -47,7 +47,9 @@ class Example:
         if True in self.desirable:
             return self.desirable.index(True)
         labels = [*self.desirable, *[None] * (self.num_generations() - len(self.desirable))]
-        return labels.index(None) if None in labels else None
+        free = [index for index, label in enumerate(labels) if label is None]
+        scored = [index for index in free if index < len(self.scores) and not math.isnan(self.scores[index])]
+        return max(scored, key=self.scores.__getitem__) if scored else free[0] if free else None
 
     def remove_extra_spaces(self) -> None:
         """Two or more blanks or tabs become one blank; newlines and a lone tab stay."""

@@ -377,7 +377,9 @@ def make_reference(config: "DictConfig", policy: Policy) -> Policy | None:
     """The frozen policy as it is now, where the loss wants one: stored in reference_dtype, computing as the policy."""
     if not config.loss.use_reference_model:
         return None
-    lm: Any = copy.deepcopy(policy.lm).to(compute_dtype(config.model.reference_dtype))
+    lm: Any = copy.deepcopy(policy.lm)
+    if not config.loss.sync_reference_every:  # one that moves keeps the policy's bits, or small moves would be lost
+        lm.to(compute_dtype(config.model.reference_dtype))
     if policy.dtype == torch.float32:
         lm.float()  # autocast goes down only: what is stored in fewer bits would be computed in them, too
     lm.eval()  # checkpoints activations only in training mode

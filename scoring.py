@@ -66,6 +66,8 @@ class LossTrainer(BasicTrainer):
         if "scores" in forms and not cfg.reward_head:
             raise UserError(f"loss.reward_head: {cls.__name__}.loss asks for scores; set it to true in {file}")
         for key, (low, high) in cls.limits.items():
+            if key not in cfg:
+                raise UserError(f"loss.{key}: {cls.__name__} needs it; set it in {file}, or by ++loss.{key}=")
             if not low < cfg[key] < high:
                 raise UserError(f"loss.{key}: got {cfg[key]}, allowed is a number above {low} and below {high} for "
                                 f"{cfg.name}")
@@ -126,6 +128,7 @@ class LossTrainer(BasicTrainer):
 
     def call(self, batch: Batch, members: Sequence[int], found: Mapping[str, Found]) -> Losses:
         """The losses of some of the batch; what is asked about KL is of all of it."""
+        self.require_fit(batch)
         everyone = range(len(batch))
         values = {a.name: a.value(batch, everyone if a.role == "KL" else members, found) for a in self.asked}
         groups = [batch[i] for i in members]
@@ -134,6 +137,17 @@ class LossTrainer(BasicTrainer):
         weights = [group.weight for group in groups]
         return self.compute(values, None if set(weights) <= {1.0} else
                             torch.tensor(weights, dtype=torch.float64, device=self.policy.device))
+
+    def require_fit(self, batch: Batch) -> None:
+        """Errors: `UserError` where the loader gives other rows than the loss is made for."""
+        asked = {argument.role for argument in self.asked if argument.role in TRAINED}
+        for group in batch:
+            has = {role for role in TRAINED if role in group.completions}
+            if not asked <= has if self.paired else len(has) != 1:
+                needs = f"{' and '.join(sorted(asked))} in each" if self.paired else "one completion in each"
+                raise UserError(f"loss.dataloader: {self.config.loss.dataloader} gives rows of "
+                                f"{' and '.join(sorted(has))}; {self.config.loss.name} needs {needs}; name another "
+                                "loader of dataloader.py")
 
     def accumulate(self, batch: Batch, total: int) -> Metrics:
         """The exact gradient of the whole batch's loss, a microbatch at a time.
@@ -155,7 +169,9 @@ class LossTrainer(BasicTrainer):
             members = range(len(batch)) if self.couples_examples else sorted({number for number, _ in rows.items})
             losses, _, _ = self.call(batch, members, {"policy": merged(policy, here), "reference": reference})
             parts += losses.sum().item()
-            gradients = torch.autograd.grad(losses.sum() / total, list(leaves.values()))
+            # The loss of these rows alone need not depend on what they score: its gradient is then 0.
+            anchored = losses.sum() / total + sum(0 * leaf.sum() for leaf in leaves.values())
+            gradients = torch.autograd.grad(anchored, list(leaves.values()))
             torch.autograd.backward(list(outputs.values()), gradients)
             policy = merged(policy, {kind: {item: value.detach() for item, value in values.items()}
                                      for kind, values in here.items()})

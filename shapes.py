@@ -37,6 +37,9 @@ def get_file(source: str, split: str, markers: Markers, name: str | None = None,
             else read_rows(source, split))
     for place, row in rows:
         if rule:
+            if not _is_scored(row):
+                raise UserError(f"{place}: no completions with scores (has {', '.join(map(repr, row))}), which "
+                                f"{' and '.join(RULE_OPTIONS)} are for; leave the option out of {source!r}")
             add_scored(data, row, rule, markers, place)
         elif "chosen" in row or "rejected" in row:
             turns, (chosen, rejected) = _conversation(row, ("chosen", "rejected"), place)

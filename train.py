@@ -39,10 +39,12 @@ def run(config: "DictConfig") -> None:
 
     policy = models.load_policy(config)
     share = bool(config.model.share_prompts) and models.shares_prompts(policy)
-    reference = prepare_reference(config, models.make_reference(config, policy), trainer_class.reference_roles(),
-                                  [train_loader, eval_loader], share)
+    reference = models.make_reference(config, policy)
     trainer = trainer_class(config, policy, reference, tokenizer, train_loader, eval_loader, folder,
                             budget=models.token_budget(config), share=share)
+    # After the trainer, which tries the loss out: a mistake in it shows before the reference scores all the data.
+    trainer.reference = reference = prepare_reference(config, reference, trainer_class.reference_roles(),
+                                                      [train_loader, eval_loader], share)
     if (folder / "LATEST").exists():
         print(f"note: {folder} has a run already: this one starts anew, and its first checkpoint replaces LATEST",
               file=sys.stderr)

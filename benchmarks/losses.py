@@ -43,11 +43,16 @@ def lines_by_class() -> dict[str, int]:
     return lines
 
 
+def complete(run: Path) -> bool:
+    """Whether the evaluation that ends a run was made."""
+    return (run / "LATEST").exists() and bool((run / "evaluations.jsonl").read_text())
+
+
 def row(name: str, lines: dict[str, int]) -> str:
     trainer = str(OmegaConf.select(OmegaConf.load(REPOSITORY / f"config/loss/{name}.yaml"), "trainer"))
     cells = [name, trainer, str(lines[trainer])]
     run = REPOSITORY / CACHE / name
-    if (run / "LATEST").exists():
+    if complete(run):
         steps = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
         last = json.loads((run / "evaluations.jsonl").read_text().splitlines()[-1])
         losses = [step["loss/train"] for step in steps]
@@ -63,7 +68,7 @@ def main() -> None:
     for name in [] if only_lines else names():
         command = ["train.py", f"loss={name}", f"exp_name={name}", *SETTINGS]
         print(f"$ python {' '.join(command)}", flush=True)
-        if not (REPOSITORY / CACHE / name / "LATEST").exists():
+        if not complete(REPOSITORY / CACHE / name):
             subprocess.run([sys.executable, *command], cwd=REPOSITORY, check=True)
     lines = lines_by_class()
     columns = ["loss", "class", "lines"]

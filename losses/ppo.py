@@ -96,6 +96,7 @@ class PPOTrainer(BasicTrainer):
         every = torch.cat(list(raw.values()))
         spread = (every.var(correction=0) + 1e-8).sqrt()
         return {"reference": reference, "values": values, "raw": raw,
+                "weights": {item: torch.full_like(value, batch[item[0]].weight) for item, value in values.items()},
                 "advantages": {item: (value - every.mean()) / spread for item, value in raw.items()},
                 "returns": {item: discounted(reward, cfg.gamma) for item, reward in rewards.items()}}
 
@@ -110,7 +111,7 @@ class PPOTrainer(BasicTrainer):
         rho = logratios.exp()
         free, clipped = -A * rho, -A * rho.clamp(cfg.cliprange, 1 / cfg.cliprange)
         policy, critic = torch.maximum(free, clipped), 0.5 * (outputs["values"] - here("returns")).square()
-        total = policy + cfg.critic_coef * critic - cfg.KL_coef * logratios
+        total = here("weights") * (policy + cfg.critic_coef * critic - cfg.KL_coef * logratios)
         metrics = Metrics()
         for name, values in (("loss/total", total), ("loss/policy", policy), ("loss/critic", critic),
                              ("loss/entropy", outputs["entropies"]), ("loss/policykl", -logratios),

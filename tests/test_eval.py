@@ -12,6 +12,7 @@ import torch
 from omegaconf import OmegaConf
 from scripts import call, lines, says, words
 from toy_tokenizers import toy_tokenizer
+from toys import toy_config
 from transformers import LlamaConfig
 
 import dataloader
@@ -19,7 +20,7 @@ import eval as evaluation
 import sampling
 import train
 from feedback import Dataset
-from utils import REPOSITORY
+from utils import REPOSITORY, UserError
 
 Capture = pytest.CaptureFixture[str]
 Patch = pytest.MonkeyPatch
@@ -409,3 +410,17 @@ def test_a_samples_folder_that_takes_no_file_is_refused_before_anything_is_sampl
     (tmp_path / "file").touch()
     code = call(evaluation.main, "--config-path=cache/sft", *QUICK, f"samples_dir={tmp_path / 'file/samples'}")
     says(code, capsys.readouterr().err, "samples_dir: ", str(tmp_path / "file"))
+
+
+def test_a_moved_runs_cache_is_looked_for_beside_it_and_one_that_cannot_be_written_is_not_used(
+        tmp_path: Path, capsys: Capture, monkeypatch: Patch) -> None:
+    run, config = tmp_path / "new/dpo", toy_config("dpo", cache_dir=str(tmp_path / "old"))
+    evaluation.find_cache(config, run)
+    assert (config.cache_dir, config.reference) == (str(tmp_path / "new"), "cached")
+
+    def refuse(key: str, folder: Path) -> None:
+        raise UserError(f"{key}: {folder} cannot be written to")
+
+    monkeypatch.setattr(evaluation, "require_writable", refuse)
+    evaluation.find_cache(config, run)
+    assert config.reference == "live" and "the reference is computed live" in capsys.readouterr().err

@@ -155,3 +155,8 @@ def test_no_system_message_is_lost(messages: Messages) -> None:
 def test_an_unknown_role_is_named_with_its_place() -> None:
     with pytest.raises(UserError, match="a:7: role 'tool', allowed are system, user and assistant"):
         CUSTOM.prompt([{"role": "tool", "content": "x"}], "a:7")
+
+
+def test_without_pairs_and_labels_the_best_by_score_is_imitated() -> None:
+    assert Example(generations=["a", "b", "c"], scores=[1.0, 9.0, math.nan]).sft_target() == 1
+    assert Example(generations=["a", "b"], scores=[1.0, 9.0], desirable=[None, False]).sft_target() == 0

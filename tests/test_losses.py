@@ -29,6 +29,7 @@ from toy_losses import (
 )
 from toys import toy_config, toy_groups, toy_policy
 
+import models
 import trainers
 from groups import Group, with_mismatched
 from loop import BasicTrainer
@@ -477,3 +478,19 @@ def test_a_setting_at_which_a_loss_has_no_value_or_no_gradient_is_refused(name: 
     config = toy_config(name, **{f"loss__{key}": value})
     with pytest.raises(UserError, match=rf"loss.{key}: got {value}, allowed is a number above .* for {name}"):
         find_trainer(config.loss.trainer).check(config)
+
+
+def test_a_setting_that_the_trainer_needs_and_the_yaml_lacks_is_named() -> None:
+    with pytest.raises(UserError, match="loss.epsilon: RobustDPOTrainer needs it"):
+        find_trainer("RobustDPOTrainer").check(toy_config("dpo"))
+
+
+@pytest.mark.parametrize(("every", "kept"), [(0, torch.bfloat16), (4, torch.float32)])
+def test_a_reference_that_moves_is_kept_in_full_precision(every: int, kept: torch.dtype,
+                                                          monkeypatch: pytest.MonkeyPatch) -> None:
+    """In bfloat16 a tenth of a small difference is rounded away, and the reference would never arrive."""
+    monkeypatch.setattr(models, "compute_dtype", lambda name: models.DTYPES[name])
+    policy = toy_policy(dtype=torch.float32)
+    policy.dtype = torch.bfloat16
+    reference = models.make_reference(toy_config("dpo", loss__sync_reference_every=every), policy)
+    assert reference is not None and {parameter.dtype for parameter in reference.parameters()} == {kept}

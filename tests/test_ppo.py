@@ -3,6 +3,7 @@
 import json
 import math
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -123,7 +124,8 @@ def terms(advantages: Sequence[float], ratios: Sequence[float], values: Sequence
     logps, V = column(*ratios).log().requires_grad_(), column(*values).requires_grad_()
     rollout: Found = {"advantages": {(0, "chosen"): column(*advantages)}, "returns": {(0, "chosen"): column(*returns)},
                       "reference": {(0, "chosen"): torch.zeros(len(ratios)).double()},
-                      "raw": {(0, "chosen"): column(*advantages)}, "values": {(0, "chosen"): column(*values)}}
+                      "raw": {(0, "chosen"): column(*advantages)}, "values": {(0, "chosen"): column(*values)},
+                      "weights": {(0, "chosen"): torch.ones(len(ratios)).double()}}
     [rows] = trainer.microbatches(batch)
     total, metrics = trainer.measure(rows, rollout, {
         "token_logps": logps, "values": V, "entropies": torch.zeros(len(ratios)).double()})
@@ -477,3 +479,20 @@ def test_a_run_with_bad_settings_ends_before_the_model_is_read(tmp_path: Path, c
                 "model.name_or_path=/nowhere")
     assert code == 2
     assert "loss.cliprange: got 2" in capsys.readouterr().err
+
+
+def test_a_rows_weight_multiplies_its_tokens_terms() -> None:
+    """Weights 0 and 2 of two completions: the loss is twice the second's part, and the first gets no gradient."""
+    nothing: Any = None
+    trainer = PPOTrainer(toy_config("ppo"), toy_policy(value_head=True), toy_policy(seed=1), nothing, nothing, nothing,
+                         Path("unused"), budget=64)
+    batch = [replace(group, weight=weight) for group, weight in zip(toy_groups(2, "chosen"), (0.0, 2.0), strict=True)]
+    plain = [replace(group, weight=1.0) for group in batch]
+    [rows], rollout, once = trainer.microbatches(batch), trainer.rollout(batch), trainer.rollout(plain)
+    outputs = {kind: values.detach().requires_grad_() for kind, values in trainer.policy(rows, KINDS).items()}
+    total, _ = trainer.measure(rows, rollout, outputs)
+    unweighted, _ = trainer.measure(rows, once, outputs)
+    slope, expected = (torch.autograd.grad(loss, outputs["token_logps"], retain_graph=True)[0].split(rows.lengths)
+                       for loss in (total, unweighted))
+    for (number, _), its, of_one in zip(rows.items, slope, expected, strict=True):
+        torch.testing.assert_close(its, 2.0 * number * of_one)

@@ -500,3 +500,46 @@ def test_scores_without_a_reward_head_are_refused() -> None:
 def test_a_loss_says_by_its_arguments_whether_batches_need_mismatched_pairs() -> None:
     assert {name: trainer.needs_KL() for name, trainer in TRAINERS.items()} == {
         "sft": False, "dpo": False, "kto": True, "kto-simple": False, "bradley-terry": False}
+
+
+# Rows, losses and loaders that do not fit -----------------------------------------------------------------------------
+
+@pytest.mark.parametrize(("loss", "roles", "says"), [
+    ("kto", "chosen rejected", "rows of chosen and rejected; kto needs one completion in each"),
+    ("dpo", "unpaired", "rows of chosen; dpo needs chosen and rejected in each"),
+    ("sft", "rejected", "rows of rejected; sft needs chosen in each")])
+def test_a_loader_that_gives_other_rows_than_the_loss_needs_is_refused(loss: str, roles: str, says: str) -> None:
+    trainer = make_trainer(loss)
+    batch = toy_groups(4, roles)
+    with pytest.raises(UserError, match=rf"loss\.dataloader: \w+ gives {says}"):
+        trainer.get_batch_metrics(with_mismatched(batch, 64) if loss == "kto" else batch, "eval")
+
+
+class DesirableAlone(UnpairedPreferenceTrainer):
+    """Imitates what is desirable; what is not has no loss."""
+
+    def loss(self, policy_chosen_logps: Tensor, policy_rejected_logps: Tensor) -> Losses:
+        return torch.cat([-policy_chosen_logps, torch.zeros_like(policy_rejected_logps)]), None, None
+
+
+def test_a_class_without_a_loss_has_no_gradient_and_stops_nothing() -> None:
+    """Cut into rows of one completion: the gradient is that of the desirable ones' losses over all 6 examples."""
+    batch = make_batch("kto-simple", 6)
+    assert {role for group in batch for role in group.completions} == {"chosen", "rejected"}
+    trainer = make_trainer(DesirableAlone, budget="single")
+    trainer.accumulate(batch, len(batch))
+    sft = make_trainer("sft")
+    sft.accumulate([group for group in batch if "chosen" in group.completions], len(batch))
+    assert_same_gradient(trainer.policy, gradients(sft.policy))
+
+
+class Overflowing(PairedPreferenceTrainer):
+    """s(h / 0.05) e^-h as it stands: 0 times infinity where h is far below 0."""
+
+    def loss(self, policy_chosen_logps: Tensor, policy_rejected_logps: Tensor) -> Losses:
+        margins = policy_chosen_logps - policy_rejected_logps
+        return torch.sigmoid(margins / 0.05) * (-margins).exp(), None, None
+
+
+def test_a_loss_that_overflows_is_not_taken_for_one_that_couples_examples() -> None:
+    assert not make_trainer(Overflowing, loss__use_reference_model=True).couples_examples

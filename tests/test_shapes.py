@@ -231,7 +231,7 @@ def test_scored_rows_of_a_prompt_add_up_and_only_what_is_not_undesirable_is_imit
     ({"prompt": "Hi", "completions": [{"answer": "a"}], "scores": [1]}, "one of completions is no text"),
     ({"prompt": "Hi", "completions": [3], "scores": [1]}, "one of completions is no text"),
     ({"completions": ["a"], "scores": [1]}, "no 'prompt'"),
-    (PAIRED["strings with a prompt"], "no 'completions'")])
+    (PAIRED["strings with a prompt"], "no completions with scores .*leave the option out")])
 def test_a_row_without_its_scores_is_named_with_file_and_line(row: dict[str, Any], says: str, tmp_path: Path) -> None:
     with pytest.raises(UserError, match=rf"train.jsonl:2: {says}"):
         scored(tmp_path, "pairs=all", SCORED["completions"], row)
