@@ -91,6 +91,8 @@ class LossTrainer(BasicTrainer):
         self.asked = list(self.arguments)
         if cfg.sft_weight:
             self.asked.append(Argument("policy_chosen_mean_logps", "policy", "chosen", "mean_logps"))
+        for loader in filter(None, (self.train_loader, self.eval_loader)):
+            self.require_fit(next(iter(loader)))
         self.couples_examples = (couples_examples(self.loss, self.arguments, self.paired, owner)
                                  or bool(cfg.couples_examples))
 
@@ -128,7 +130,6 @@ class LossTrainer(BasicTrainer):
 
     def call(self, batch: Batch, members: Sequence[int], found: Mapping[str, Found]) -> Losses:
         """The losses of some of the batch; what is asked about KL is of all of it."""
-        self.require_fit(batch)
         everyone = range(len(batch))
         values = {a.name: a.value(batch, everyone if a.role == "KL" else members, found) for a in self.asked}
         groups = [batch[i] for i in members]

@@ -509,10 +509,11 @@ def test_a_loss_says_by_its_arguments_whether_batches_need_mismatched_pairs() ->
     ("dpo", "unpaired", "rows of chosen; dpo needs chosen and rejected in each"),
     ("sft", "rejected", "rows of rejected; sft needs chosen in each")])
 def test_a_loader_that_gives_other_rows_than_the_loss_needs_is_refused(loss: str, roles: str, says: str) -> None:
-    trainer = make_trainer(loss)
-    batch = toy_groups(4, roles)
+    made = make_trainer(loss)
+    nothing: Any = None
+    loader: Any = [toy_groups(4, roles)]
     with pytest.raises(UserError, match=rf"loss\.dataloader: \w+ gives {says}"):
-        trainer.get_batch_metrics(with_mismatched(batch, 64) if loss == "kto" else batch, "eval")
+        type(made)(made.config, made.policy, made.reference, nothing, loader, nothing, Path("unused"), budget=64)
 
 
 class DesirableAlone(UnpairedPreferenceTrainer):
