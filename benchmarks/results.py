@@ -20,7 +20,8 @@ from demo import evaluations, mean, percent, wilson  # noqa: E402  (the path abo
 
 CACHE = ".cache/results"
 COMMON = ["model=smollm2-135m", f"++cache_dir={CACHE}", "++wandb.enabled=false", "++model.max_length=256",
-          "++model.max_prompt_length=128", "++model.batch_size=8", "++model.eval_batch_size=16", "++warmup_steps=10", "++reference=live"]
+          "++model.max_prompt_length=128", "++model.batch_size=8", "++model.eval_batch_size=16", "++warmup_steps=10",
+          "++reference=live"]
 
 
 def runs(ultrafeedback: str, hh: str) -> dict[str, list[str]]:
