@@ -1,6 +1,6 @@
 """Every loss of config/loss: how long it is, and 20 steps of it on smollm2-135m and the embedded data.
 
-    python benchmarks/losses.py            # the table in docs/losses.md; about half an hour on 2 CPU cores
+    python benchmarks/losses.py            # a table; about half an hour on 2 CPU cores
     python benchmarks/losses.py --lines    # lines per loss alone
 
 A batch has 2 rows of at most 128 tokens; losses are means over the first and the last 5 steps, the accuracy is that of
