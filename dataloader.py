@@ -37,10 +37,6 @@ if TYPE_CHECKING:
     from omegaconf import DictConfig
     from transformers import PreTrainedTokenizerBase
 
-__all__ = ["DataLoader", "Dataset", "Example", "Markers", "fold_spaces", "get_alpacaeval", "get_demo", "get_demo_judge",
-           "get_hh", "get_hh_harmless", "get_hh_helpful", "get_oasst", "get_shp", "get_ultrabin", "get_ultrachat",
-           "load_dataset", "make_loader"]
-
 
 # Data sets by name ---------------------------------------------------------------------------------------------------
 

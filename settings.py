@@ -19,12 +19,13 @@ from omegaconf.errors import OmegaConfBaseException
 from utils import REPOSITORY, UserError, let_threads_sleep, nearest
 
 GROUPS = ("model", "loss")
-# What every loss's YAML may declare; those with ??? it must.
+# What the base class of a loss can do to it; refused where it does not fit.
 OPTIONS = {"label_smoothing": 0.0,  # how often a label is taken to be wrong
            "desirable_weight": 1.0, "undesirable_weight": 1.0,  # of the classes of unpaired losses
            "sft_weight": 0.0,  # of minus the chosen completion's mean log-prob
            "mean_logps": False,  # log-probs are means over a completion's tokens
            "sync_reference_every": 0}  # optimizer steps after which the reference moves to the policy; 0: never
+# What every loss's YAML may declare; those with ??? it must.
 LOSS = {"name": "???", "trainer": "???", "dataloader": "???", "use_reference_model": "???", "reward_head": False,
         "value_head": False, "couples_examples": None, "chosen_control_token": None, "rejected_control_token": None,
         **OPTIONS, "sync_reference_mix": 1.0}

@@ -72,12 +72,14 @@ def table(cache: Path) -> str:
     right = wilson(accuracy, judge["metadata"]["examples"])
     low, high = result["interval"]
     verdict = "" if not right[0] <= 0.5 <= right[1] else "  uninformative: the judge is not better than a coin"
+    # Before training policy and reference differ by rounding alone, and so do the rewards of a pair.
+    tied = abs(kto[0]["rewards_eval/margins"]) < 1e-4
+    before = "all tied" if tied else f"{kto[0]['rewards_eval/accuracies']:.1%}"
     rows = [
         ("", "before", "after"),
         ("SFT: held-out loss, nats a completion", f"{sft[0]['loss/eval']:.1f}", f"{sft[-1]['loss/eval']:.1f}"),
         ("KTO: held-out loss", f"{kto[0]['loss/eval']:.4f}", f"{kto[-1]['loss/eval']:.4f}"),
-        # Before, policy and reference differ by rounding alone.
-        (f"KTO: reward accuracy on {held_out} pairs", "all tied" if abs(kto[0]["rewards_eval/margins"]) < 1e-4 else "?",
+        (f"KTO: reward accuracy on {held_out} pairs", before,
          percent(kto[-1]["rewards_eval/accuracies"], wilson(kto[-1]["rewards_eval/accuracies"], held_out))),
         ("KTO: reward margin, chosen - rejected", f"{kto[0]['rewards_eval/margins']:.3f}",
          f"{kto[-1]['rewards_eval/margins']:.3f}"),

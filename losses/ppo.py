@@ -72,24 +72,27 @@ class PPOTrainer(BasicTrainer):
         return self.named(batch, metrics, "train")
 
     def get_batch_metrics(self, batch: Batch, mode: str) -> tuple[Tensor, Metrics]:
-        rollout, metrics = self.rollout(batch), Metrics()
-        with torch.no_grad():
-            losses = []
-            for rows in self.microbatches(batch):
-                loss, measured = self.measure(rows, rollout, self.policy(rows, KINDS))
-                losses.append(loss)
-                metrics.merge(measured)
+        found, metrics, losses = score(self.policy, batch, TRAINED, KINDS, self.budget, self.share), Metrics(), []
+        rollout = self.rollout(batch, found["values"])
+        for rows in self.microbatches(batch):
+            loss, measured = self.measure(rows, rollout, {kind: torch.cat([found[kind][item] for item in rows.items])
+                                                          for kind in KINDS})
+            losses.append(loss)
+            metrics.merge(measured)
         return torch.stack(losses).sum(), self.named(batch, metrics, mode)
 
     def microbatches(self, batch: Batch) -> list[Rows]:
         return cut_into_microbatches(batch, TRAINED, self.budget, share=self.share, window=self.policy.window)
 
-    def rollout(self, batch: Batch) -> Found:
-        """What is computed once a batch: reference log-probs, advantages, returns and values, (T,) a completion."""
+    def rollout(self, batch: Batch, values: Mapping[Item, Tensor] | None = None) -> Found:
+        """What is computed once a batch: reference log-probs, advantages, returns and values, (T,) a completion.
+
+        values: the value head's, where they are known.
+        """
         assert self.reference is not None
         cfg = self.config.loss
         reference = scored(self.reference, batch, TRAINED, ["token_logps"], self.budget, self.share)["token_logps"]
-        values = score(self.policy, batch, TRAINED, ["values"], self.budget, self.share)["values"]
+        values = dict(values or score(self.policy, batch, TRAINED, ["values"], self.budget, self.share)["values"])
         rewards = {item: last_token_reward(value, 1.0 if item[1] == "chosen" else -1.0)
                    for item, value in values.items()}
         raw = {item: advantages(rewards[item], value, cfg.gamma, cfg.lam) for item, value in values.items()}
