@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
 from groups import Group
-from models import Found
+from policy import Found
 from utils import UserError
 
 Losses = tuple[Tensor, Tensor | None, Tensor | None]  # losses, chosen rewards, rejected rewards

@@ -143,6 +143,7 @@ def evaluate(config: "DictConfig") -> None:
     """Print the held-out metrics as JSON, and keep them in the run's folder."""
     import models
     from dataloader import make_loader
+    from policy import shares_prompts
     from reference import prepare_reference
     from trainers import find_trainer
 
@@ -154,7 +155,7 @@ def evaluate(config: "DictConfig") -> None:
     tokenizer = models.load_tokenizer(config, folder)
     loader = make_loader(config, tokenizer, "test", with_KL=trainer_class.needs_KL())
     policy = models.load_policy(config, weights, aligned=weights is not None).eval()
-    share = bool(config.model.share_prompts) and models.shares_prompts(policy)
+    share = bool(config.model.share_prompts) and shares_prompts(policy)
     reference = models.make_reference(config, models.load_policy(config)) if config.loss.use_reference_model else None
     trainer = trainer_class(config, policy, reference, tokenizer, None, loader, folder,
                             budget=models.token_budget(config), share=share)

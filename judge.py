@@ -302,7 +302,7 @@ class RewardModelJudge:
         self.markers, self.labels = markers or Markers(), labels
 
     def judge(self, comparisons: Sequence[Comparison]) -> Iterator[Verdict]:
-        from models import load_reward_model
+        from reward_model import load_reward_model
 
         model = load_reward_model(self.path)
         theirs = Markers(**model.markers)

@@ -14,9 +14,10 @@ from torch import Tensor
 from tqdm import tqdm
 
 from checkpoint import save_checkpoint
+from export import save_policy
 from groups import Group
 from metrics import Log, Metrics
-from models import DTYPES, Policy, save_policy
+from policy import DTYPES, Policy
 from utils import UserError, nearest
 
 if TYPE_CHECKING:

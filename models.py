@@ -1,133 +1,28 @@
-"""The policy, the reference and what they are read from and written to.
+"""Where models and tokenizers come from: folders, files, packages and the Hub; and the reference, which is a copy."""
 
-`Policy.forward(rows)` is the one way into a model: embedding, head, tied weights and a scalar head are inside it.
-"""
-
-import contextlib
 import copy
 import hashlib
 import importlib.util
 import json
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from checkpoint import cast_state, load_state, read_states, save_states, verify
-from groups import Group, encode, starts_with_bos
-from sequences import AUTO_BUDGET, Rows, cut_into_microbatches, token_logps
+from checkpoint import load_state, read_states, verify
+from groups import starts_with_bos
+from policy import DTYPES, Policy
+from sequences import AUTO_BUDGET
 from settings import MARKERS, run_folder
-from utils import REPOSITORY, UserError, write_json
+from utils import REPOSITORY, UserError
 
 if TYPE_CHECKING:
     from omegaconf import DictConfig
     from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
-DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16, "float64": torch.float64}
-
-
-class Policy(nn.Module):
-    """A language model that scores rows, and may carry a scalar head."""
-
-    def __init__(self, lm: "PreTrainedModel", *, dtype: torch.dtype | None = None, reward_head: bool = False,
-                 value_head: bool = False, train_body: bool = True, seed: int = 0) -> None:
-        """dtype: what it computes in (None: what its weights are in). train_body: False freezes all but the head.
-
-        seed: of a value head's first weights.
-        """
-        super().__init__()
-        self.lm: Any = lm  # what transformers declares of its models, a checker cannot follow
-        self.dtype = dtype or next(lm.parameters()).dtype
-        self.train_body = train_body
-        self.window: int | None = getattr(lm.config, "sliding_window", None)
-        self.reward_head: nn.Linear | None = None
-        if reward_head:
-            kept = torch.promote_types(next(lm.parameters()).dtype, torch.float32)
-            # Every reward starts at 0: nothing is drawn.
-            head: Any = nn.utils.skip_init(nn.Linear, lm.config.hidden_size, 1, bias=False, dtype=kept)
-            nn.init.zeros_(head.weight)
-            self.reward_head = head
-        self.value_head = make_value_head(lm, seed) if value_head else None
-        self.remembered: dict[bytes, Tensor] = {}  # what a frozen body gave for a completion
-        lm.requires_grad_(train_body)
-
-    @property
-    def device(self) -> torch.device:
-        return next(self.parameters()).device
-
-    def heads(self) -> dict[str, nn.Module]:
-        """The heads beside the language model's own, by the name of the file that keeps them."""
-        heads = {"reward_head": self.reward_head, "v_head": self.value_head}
-        return {name: head for name, head in heads.items() if head is not None}
-
-    def forward(self, rows: Rows, wanted: Sequence[str] = ("token_logps",)) -> dict[str, Tensor]:
-        """What is `wanted` of the rows' completions, in the order of `rows.items`.
-
-        token_logps: (S,), log-probability of each scored id in nats. entropies: (S,), of the distribution that it is
-        from. values: (S,), the value head where each is predicted. scores: (C,), the scalar head at the last id.
-        """
-        outputs = {}
-        hidden = self.hidden(rows) if {"token_logps", "values"} & set(wanted) else None
-        predicting = None if hidden is None else hidden[rows.predictors.to(self.device)]
-        if predicting is not None and "token_logps" in wanted:
-            with self.computing():
-                outputs["token_logps"] = token_logps(predicting, self.head, rows.targets.to(self.device),
-                                                     entropies="entropies" in wanted)
-            if "entropies" in wanted:
-                outputs["token_logps"], outputs["entropies"] = outputs["token_logps"].unbind()
-        if predicting is not None and "values" in wanted:
-            assert self.value_head is not None, "values need a value head"
-            kept = next(self.value_head.parameters()).dtype
-            outputs["values"] = self.value_head(predicting.detach().to(kept))[:, 0]
-        if "scores" in wanted:
-            assert self.reward_head is not None, "scores need a reward head"
-            outputs["scores"] = self.reward_head(self.last_hidden(rows, hidden))[:, 0]
-        return outputs
-
-    def hidden(self, rows: Rows) -> Tensor:
-        """(R * T, h): the last hidden state at every id."""
-        rows = rows.to(self.device)
-        with self.computing(), torch.set_grad_enabled(torch.is_grad_enabled() and self.train_body):
-            return self.lm.base_model(input_ids=rows.input_ids, position_ids=rows.position_ids, use_cache=False,
-                                      attention_mask=rows.attention_mask(self.dtype)).last_hidden_state.flatten(0, 1)
-
-    def last_hidden(self, rows: Rows, hidden: Tensor | None) -> Tensor:
-        """(C, h): the hidden state at each completion's last id, in float32 at least; of a frozen body, once."""
-        keys = [] if self.train_body else rows.keys()
-        if not keys or any(key not in self.remembered for key in keys):
-            hidden = self.hidden(rows) if hidden is None else hidden
-            ends = hidden[rows.ends.to(self.device)]
-            ends = ends.to(torch.promote_types(ends.dtype, torch.float32))
-            self.remembered.update(zip(keys, ends, strict=False))
-            return ends
-        return torch.stack([self.remembered[key] for key in keys])
-
-    def computing(self) -> contextlib.AbstractContextManager[Any]:
-        """Context in which the model computes in `dtype`, whatever its weights are stored in."""
-        if self.dtype == next(self.parameters()).dtype:
-            return contextlib.nullcontext()
-        return torch.autocast(self.device.type, self.dtype)
-
-    def head(self, hidden: Tensor) -> Tensor:
-        """(n, h) hidden states to (n, V) logits, as the model itself does it."""
-        logits = self.lm.get_output_embeddings()(hidden)
-        cap = getattr(self.lm.config, "final_logit_softcapping", None)
-        return logits if cap is None else cap * torch.tanh(logits / cap)
-
-
-def make_value_head(lm: Any, seed: int) -> nn.Sequential:
-    """Two hidden layers and a scalar, in float32 at least."""
-    h, dtype = lm.config.hidden_size, torch.promote_types(next(lm.parameters()).dtype, torch.float32)
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
-        return nn.Sequential(nn.Linear(h, h, dtype=dtype), nn.ReLU(), nn.Linear(h, h, dtype=dtype), nn.ReLU(),
-                             nn.Linear(h, 1, dtype=dtype))
-
-
-# Where models come from ----------------------------------------------------------------------------------------------
 
 def device() -> torch.device:
     return torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -386,153 +281,6 @@ def make_reference(config: "DictConfig", policy: Policy) -> Policy | None:
     return Policy(lm, dtype=policy.dtype).requires_grad_(False)
 
 
-# Scoring without a graph ---------------------------------------------------------------------------------------------
-
-@torch.no_grad()
-def score(policy: Policy, groups: Sequence[Group], roles: Sequence[str], kinds: Sequence[str], budget: int,
-          share: bool) -> "Found":
-    """Outputs of `policy` for every completion of `roles`: kind -> (number of the group, role) -> tensor."""
-    found: Found = {kind: {} for kind in kinds}
-    for rows in cut_into_microbatches(groups, roles, budget, share=share, window=policy.window):
-        for kind, values in policy(rows, kinds).items():
-            found[kind].update(by_item(rows, kind, values))
-    return found
-
-
-Found = dict[str, dict[tuple[int, str], Tensor]]
-
-
-def by_item(rows: Rows, kind: str, values: Tensor) -> dict[tuple[int, str], Tensor]:
-    """A flat output, cut at its completions: what there is of each token to (T,), scores to scalars."""
-    parts = values.unbind() if kind == "scores" else values.split(rows.lengths)
-    return dict(zip(rows.items, parts, strict=True))
-
-
 def token_budget(config: "DictConfig") -> int:
     budget = config.model.tokens_per_microbatch
     return AUTO_BUDGET[device().type] if budget == "auto" else int(budget)
-
-
-def shares_prompts(policy: Policy) -> bool:
-    """Check the two things that packed scoring takes for granted, on a few tokens of this very model.
-
-    Returns whether completions that share a row score as they do apart: an attention that ignores 4-D masks shows.
-    Errors: `UserError` where our head's logits are not the model's own.
-    """
-    V = policy.lm.config.vocab_size
-    prompt, first, second = [i % V for i in (5, 17, 2)], [i % V for i in (11, 3)], [i % V for i in (7, 19, 4)]
-    group = Group(prompt, {"chosen": first, "rejected": second}, key=0)
-    dtype, policy.dtype = policy.dtype, next(policy.lm.parameters()).dtype
-    try:
-        apart, packed = (score(policy, [group], list(group.completions), ["token_logps"], 64, share)["token_logps"]
-                         for share in (False, True))
-        ids = torch.tensor([[*prompt, *second]], device=policy.device)
-        with torch.no_grad():
-            logits = policy.lm(input_ids=ids, use_cache=False).logits[0].double()
-    finally:
-        policy.dtype = dtype
-    own = logits.log_softmax(-1)[len(prompt) - 1:-1].gather(1, ids[0, len(prompt):, None])[:, 0]
-    if (own - apart[0, "rejected"]).abs().max() > 1e-2:
-        raise UserError(f"model.name_or_path: {type(policy.lm).__name__} forms its logits in a way that models.py does "
-                        "not know; teach Policy.head to do the same")
-    same = all((apart[item] - packed[item]).abs().max() <= 1e-2 for item in apart)
-    if not same:
-        print("note: this model's attention takes no 4-D mask: completions of a prompt are scored in rows of their own",
-              file=sys.stderr)
-    return same
-
-
-# Export --------------------------------------------------------------------------------------------------------------
-
-def save_policy(policy: Policy, tokenizer: "PreTrainedTokenizerBase", folder: Path, step_idx: int,
-                metrics: Mapping[str, float], dtype: torch.dtype) -> None:
-    """`policy.pt`, the heads' states where there are any, and `export/`, which other tools load as it is."""
-    save_states(folder / "policy.pt", step_idx, policy.lm.state_dict(), metrics, dtype)
-    for name, head in policy.heads().items():
-        save_states(folder / f"{name}.pt", step_idx, head.state_dict(), metrics, torch.float32)
-    lm, tokenizer = policy.lm, copy.deepcopy(tokenizer)
-    if policy.reward_head is not None:
-        lm = as_classifier(policy, tokenizer)
-    lm.save_pretrained(folder / "export", state_dict=cast_state(lm.state_dict(), dtype))
-    tokenizer.save_pretrained(folder / "export")
-    # save_pretrained writes the dtype that the model is in, and the base model's idea of where an answer ends.
-    patch_json(folder / "export/config.json", dtype=str(dtype).removeprefix("torch."))
-    if (folder / "export/generation_config.json").is_file():
-        known = json.loads((folder / "export/generation_config.json").read_text()).get("eos_token_id")
-        eos: Any = tokenizer.eos_token_id
-        patch_json(folder / "export/generation_config.json", pad_token_id=tokenizer.pad_token_id,
-                   eos_token_id=sorted({*known, eos}) if isinstance(known, list) else eos)
-
-
-def patch_json(file: Path, **values: Any) -> None:
-    write_json(file, {**json.loads(file.read_text()), **values})
-
-
-def as_classifier(policy: Policy, tokenizer: Any) -> "PreTrainedModel":
-    """The reward model as `transformers` knows it: a sequence classifier with one label, read at the last token.
-
-    It takes the last token that is not padding, so that padding must not be EOS, in which a completion ends: another
-    token is found for it, and given to `tokenizer`, too. Where there is none it scores one sequence at a time.
-    """
-    transformers = quiet_transformers()
-    assert policy.reward_head is not None
-    settings = copy.deepcopy(policy.lm.config)
-    settings.num_labels = 1
-    spare = [id for token, id in tokenizer.get_added_vocab().items() if "pad" in token.lower()]
-    candidates = [tokenizer.pad_token_id, tokenizer.unk_token_id, tokenizer.bos_token_id, *spare]
-    settings.pad_token_id = next((id for id in candidates if id not in (None, tokenizer.eos_token_id)
-                                  and id < settings.vocab_size), None)
-    if settings.pad_token_id is not None:
-        tokenizer.pad_token = tokenizer.convert_ids_to_tokens(settings.pad_token_id)
-    with torch.device("meta"):
-        classifier = transformers.AutoModelForSequenceClassification.from_config(settings)
-    state = {f"{classifier.base_model_prefix}.{name}": tensor for name, tensor in
-             policy.lm.base_model.state_dict().items()}
-    load_state(classifier, {**state, "score.weight": policy.reward_head.weight}, "the reward model",
-               assign=True)
-    return classifier
-
-
-class RewardModel:
-    """A trained reward model that scores text, for judging."""
-
-    def __init__(self, policy: Policy, tokenizer: "PreTrainedTokenizerBase", markers: dict[str, str], max_length: int,
-                 budget: int) -> None:
-        self.policy, self.tokenizer, self.markers = policy, tokenizer, markers
-        self.max_length, self.budget = max_length, budget
-
-    def score(self, prompts: Sequence[str], completions: Sequence[str]) -> list[float]:
-        """A reward for each completion of its formatted prompt; long ones lose the start of the prompt."""
-        from tqdm import tqdm
-
-        groups = []
-        for number, (prompt, ids) in enumerate(encode(self.tokenizer, prompts, completions)):
-            ids = ids[:self.max_length - 1]
-            groups.append(Group(prompt[max(0, len(prompt) + len(ids) - self.max_length):], {"chosen": ids}, number))
-        rewards: dict[int, float] = {}
-        parts = cut_into_microbatches(groups, ["chosen"], self.budget)
-        with torch.no_grad(), tqdm(total=len(groups), desc="rewards", unit="text", disable=None) as bar:
-            for rows in parts:
-                values = self.policy(rows, ("scores",))["scores"].tolist()
-                rewards.update({number: value for (number, _), value in zip(rows.items, values, strict=True)})
-                bar.update(len(values))
-        return [rewards[number] for number in range(len(groups))]
-
-
-def load_reward_model(path: str) -> RewardModel:
-    """A run trained with a reward head, from its folder."""
-    from omegaconf import DictConfig, OmegaConf
-
-    from settings import schema
-
-    run = Path(path).expanduser()
-    if not (run / "config.yaml").is_file() or not (run / "LATEST/reward_head.pt").is_file():
-        raise UserError(f"judge rm:{path}: no reward model's run: it needs config.yaml and LATEST/reward_head.pt "
-                        "(train one with loss=bradley-terry)")
-    config = OmegaConf.merge(schema(), OmegaConf.load(run / "config.yaml"))
-    assert isinstance(config, DictConfig)
-    config.model.load_from = None
-    tokenizer = load_tokenizer(config, run)
-    policy = load_policy(config, run / "LATEST/policy.pt").eval().requires_grad_(False)
-    return RewardModel(policy, tokenizer, {key: config[key] for key in MARKERS}, config.model.max_length,
-                       token_budget(config))

@@ -21,7 +21,8 @@ from torch import Tensor
 
 from groups import Group, Ids
 from loop import Progress
-from models import DTYPES, Found, Policy, token_budget
+from models import token_budget
+from policy import DTYPES, Found, Policy
 from sequences import cut_into_microbatches
 from utils import UserError, require_writable
 
@@ -69,7 +70,7 @@ class CachedReference:
             self.database.execute("SELECT key, dtype, tokens, crc, logps FROM token_logps LIMIT 1").fetchone()
 
     def scored(self, batch: Sequence[Group], roles: Sequence[str]) -> Found:
-        """What `models.score` gives for `token_logps` of the batch's completions of `roles`.
+        """What `policy.score` gives for `token_logps` of the batch's completions of `roles`.
 
         Errors: `UserError` where one is not there, or is damaged.
         """

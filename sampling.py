@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from models import Policy
+from policy import Policy
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase

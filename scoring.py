@@ -14,7 +14,7 @@ from torch import Tensor
 from arguments import TRAINED, Argument, Losses, couples_examples, exchanged, read_arguments
 from loop import BasicTrainer, Batch
 from metrics import Metrics
-from models import Found, Policy, by_item, score
+from policy import Found, Policy, by_item, score
 from reference import CachedReference
 from sequences import cut_into_microbatches
 from settings import OPTIONS

@@ -25,6 +25,7 @@ def run(config: "DictConfig") -> None:
     import models
     from dataloader import make_loader
     from loop import find_optimizer
+    from policy import shares_prompts
     from reference import CachedReference, prepare_reference
     from trainers import find_trainer
 
@@ -38,7 +39,7 @@ def run(config: "DictConfig") -> None:
     eval_loader = make_loader(config, tokenizer, "test", with_KL=with_KL)
 
     policy = models.load_policy(config)
-    share = bool(config.model.share_prompts) and models.shares_prompts(policy)
+    share = bool(config.model.share_prompts) and shares_prompts(policy)
     reference = models.make_reference(config, policy)
     trainer = trainer_class(config, policy, reference, tokenizer, train_loader, eval_loader, folder,
                             budget=models.token_budget(config), share=share)

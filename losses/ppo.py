@@ -10,7 +10,7 @@ from torch import Tensor
 from arguments import TRAINED
 from loop import BasicTrainer, Batch
 from metrics import Metrics
-from models import Found, by_item, score
+from policy import Found, by_item, score
 from scoring import scored
 from sequences import Rows, cut_into_microbatches
 from settings import LOSS, OPTIONS

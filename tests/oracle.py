@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from groups import Group
-from models import Policy
+from policy import Policy
 
 Item = tuple[int, str]  # number of the group, role
 Rewards = dict[str, Tensor]

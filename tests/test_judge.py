@@ -330,7 +330,7 @@ def test_a_reward_model_judges_by_score_in_its_own_markers(monkeypatch: Patch, t
             seen.extend(zip(prompts, completions, strict=True))
             return [math.nan if "?" in text else float(text.count("e")) for text in completions]
 
-    monkeypatch.setitem(sys.modules, "models", types.SimpleNamespace(load_reward_model=lambda path: Fake()))
+    monkeypatch.setitem(sys.modules, "reward_model", types.SimpleNamespace(load_reward_model=lambda path: Fake()))
     comparisons = [Comparison(PROMPT, text, "be", candidate_first=False) for text in ("bee", "be", "b", "?")]
     verdicts = list(RewardModelJudge(str(tmp_path)).judge(comparisons))
     assert [(v.winner, v.choice, v.why) for v in verdicts] == [

@@ -33,6 +33,7 @@ import models
 import trainers
 from groups import Group, with_mismatched
 from loop import BasicTrainer
+from policy import DTYPES
 from scoring import LossTrainer, PairedPreferenceTrainer, UnpairedPreferenceTrainer
 from settings import OPTIONS
 from trainers import find_trainer
@@ -489,7 +490,7 @@ def test_a_setting_that_the_trainer_needs_and_the_yaml_lacks_is_named() -> None:
 def test_a_reference_that_moves_is_kept_in_full_precision(every: int, kept: torch.dtype,
                                                           monkeypatch: pytest.MonkeyPatch) -> None:
     """In bfloat16 a tenth of a small difference is rounded away, and the reference would never arrive."""
-    monkeypatch.setattr(models, "compute_dtype", lambda name: models.DTYPES[name])
+    monkeypatch.setattr(models, "compute_dtype", lambda name: DTYPES[name])
     policy = toy_policy(dtype=torch.float32)
     policy.dtype = torch.bfloat16
     reference = models.make_reference(toy_config("dpo", loss__sync_reference_every=every), policy)

@@ -30,9 +30,11 @@ from transformers import (
 
 import models
 from checkpoint import read_states, save_checkpoint, save_states
+from export import save_policy
 from feedback import Markers
 from groups import Group, encode, starts_with_bos
-from models import Policy, save_policy, score
+from policy import Policy, score, shares_prompts
+from reward_model import load_reward_model
 from sequences import cut_into_microbatches
 from utils import REPOSITORY, UserError
 
@@ -546,7 +548,7 @@ def test_buffers_that_the_original_saved_are_passed_over(tmp_path: Path, kind: s
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_prompts_can_be_shared_on_known_families(family: str) -> None:
-    assert models.shares_prompts(toy_policy(family))
+    assert shares_prompts(toy_policy(family))
 
 
 def test_prompts_are_not_shared_where_the_attention_takes_no_4d_mask(monkeypatch: Patch,
@@ -561,7 +563,7 @@ def test_prompts_are_not_shared_where_the_attention_takes_no_4d_mask(monkeypatch
         return forward(*args, attention_mask=None if ignored else attention_mask, **options)
 
     monkeypatch.setattr(body, "forward", without_mask)
-    assert not models.shares_prompts(policy)
+    assert not shares_prompts(policy)
     assert "takes no 4-D mask" in capsys.readouterr().err
 
 
@@ -577,7 +579,7 @@ def test_a_model_that_scales_its_logits_is_refused(monkeypatch: Patch) -> None:
 
     monkeypatch.setattr(policy.lm, "forward", scaled)
     with pytest.raises(UserError, match=r"LlamaForCausalLM forms its logits .* teach Policy\.head"):
-        models.shares_prompts(policy)
+        shares_prompts(policy)
 
 
 def gemma2_policy(cap: float | None) -> Policy:
@@ -595,7 +597,7 @@ def gemma2_policy(cap: float | None) -> Policy:
 def test_a_model_that_caps_its_logits_passes_the_probe_and_is_scored_with_the_cap() -> None:
     """To 1e-6: `transformers` takes Gemma's softmax over attention scores in float32, in float64 too."""
     policy, groups = gemma2_policy(2.0), toy_groups(4)
-    assert models.shares_prompts(policy)
+    assert shares_prompts(policy)
     found = score(policy, groups, ["chosen", "rejected"], ["token_logps"], BUDGET, True)["token_logps"]
     for (number, role), logps in found.items():
         ids = torch.tensor([[*groups[number].prompt, *groups[number].completions[role]]])
@@ -613,7 +615,7 @@ def test_the_probe_leaves_the_policy_as_it_was() -> None:
     policy = toy_policy("llama", dtype=torch.float32)
     policy.dtype = torch.bfloat16
     before = copy.deepcopy(policy.state_dict())
-    assert models.shares_prompts(policy)
+    assert shares_prompts(policy)
     assert policy.dtype == torch.bfloat16
     assert all(torch.equal(tensor, before[name]) for name, tensor in policy.state_dict().items())
     assert all(parameter.grad is None and parameter.requires_grad for parameter in policy.parameters())
@@ -878,7 +880,7 @@ def test_a_reward_model_scores_text_by_the_head_at_its_eos(reward_run: tuple[Pat
                                                            tokenizer: PreTrainedTokenizerBase) -> None:
     """The head's product with the last hidden state, computed here by a plain forward of one text at a time."""
     run, policy = reward_run
-    reward_model = models.load_reward_model(str(run))
+    reward_model = load_reward_model(str(run))
     answers = ["Light scatters.", "No.", "", "Because it is, and it was so all the time."]
     found = reward_model.score([PROMPT] * 4, answers)
     for value, answer in zip(found, answers, strict=True):
@@ -892,7 +894,7 @@ def test_a_reward_model_scores_text_by_the_head_at_its_eos(reward_run: tuple[Pat
 
 def test_a_long_prompt_loses_its_start_before_it_is_judged(reward_run: tuple[Path, Policy]) -> None:
     """max_length is 64: two prompts with the same last 63 ids score alike before an answer of one id (EOS)."""
-    reward_model = models.load_reward_model(str(reward_run[0]))
+    reward_model = load_reward_model(str(reward_run[0]))
     tail = "\n".join(str(number) for number in range(100)) + PROMPT
     first, second, other = reward_model.score(["Once upon a time " + tail, "Now " + tail, "Now " + tail], ["", "", "a"])
     assert first == second != other
@@ -901,10 +903,10 @@ def test_a_long_prompt_loses_its_start_before_it_is_judged(reward_run: tuple[Pat
 def test_a_moved_reward_model_is_read_from_where_it_is(reward_run: tuple[Path, Policy], monkeypatch: Patch,
                                                        tmp_path: Path) -> None:
     run, _ = reward_run
-    before = models.load_reward_model(str(run)).score([PROMPT], ["Light scatters."])
+    before = load_reward_model(str(run)).score([PROMPT], ["Light scatters."])
     run.rename(tmp_path / "moved")
     monkeypatch.setenv("HOME", str(tmp_path))
-    assert models.load_reward_model("~/moved").score([PROMPT], ["Light scatters."]) == before
+    assert load_reward_model("~/moved").score([PROMPT], ["Light scatters."]) == before
 
 
 @pytest.mark.parametrize("missing", ["config.yaml", "LATEST/reward_head.pt", "LATEST"])
@@ -912,12 +914,12 @@ def test_a_folder_that_is_no_reward_models_run_is_said(reward_run: tuple[Path, P
     run, _ = reward_run
     (run / missing).unlink()
     with pytest.raises(UserError, match=r"judge rm:.*: no reward model's run: .*bradley-terry"):
-        models.load_reward_model(str(run))
+        load_reward_model(str(run))
 
 
 def test_a_reward_model_that_is_nowhere_is_said(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="no reward model's run"):
-        models.load_reward_model(str(tmp_path / "nowhere"))
+        load_reward_model(str(tmp_path / "nowhere"))
 
 
 def test_a_damaged_reward_head_is_refused(reward_run: tuple[Path, Policy]) -> None:
@@ -925,4 +927,4 @@ def test_a_damaged_reward_head_is_refused(reward_run: tuple[Path, Policy]) -> No
     file = run / "LATEST/reward_head.pt"
     file.write_bytes(file.read_bytes()[:-1])
     with pytest.raises(UserError, match="differs from the checksum"):
-        models.load_reward_model(str(run))
+        load_reward_model(str(run))

@@ -20,7 +20,7 @@ from toys import toy_config, toy_groups, toy_lm
 from groups import with_mismatched
 from loop import BasicTrainer, Batch
 from losses.ppo import PPOTrainer
-from models import Policy
+from policy import Policy
 from reference import CachedReference, fill_cache
 from scoring import LossTrainer
 from trainers import find_trainer

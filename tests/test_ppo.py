@@ -21,7 +21,7 @@ from groups import Group
 from loop import Batch
 from losses.ppo import KINDS, Item, PPOTrainer, advantages, discounted
 from metrics import Metrics
-from models import Found
+from policy import Found
 from sequences import Rows, entropy
 from settings import LOSS, OPTIONS
 from utils import UserError

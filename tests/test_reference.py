@@ -21,7 +21,7 @@ from toys import toy_groups, toy_lm, toy_policy
 
 import reference
 from groups import Group, with_mismatched
-from models import Policy, score
+from policy import Policy, score
 from reference import CHECKED, FILE, CachedReference, fill_cache, fingerprint, gathered
 from sequences import Rows
 from utils import REPOSITORY, UserError

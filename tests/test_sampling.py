@@ -14,7 +14,7 @@ from transformers import GPT2Config, PreTrainedTokenizerBase
 
 import models
 import sampling
-from models import Policy
+from policy import Policy
 from sampling import nucleus_draw
 
 Patch = pytest.MonkeyPatch

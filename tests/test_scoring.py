@@ -17,7 +17,7 @@ from toys import FAMILIES, toy_config, toy_groups, toy_policy
 
 from arguments import Losses
 from groups import Group, with_mismatched
-from models import Policy
+from policy import Policy
 from scoring import LossTrainer
 from sequences import Rows
 from trainers import (

@@ -14,7 +14,7 @@ from toys import FAMILIES, V, toy_groups, toy_policy
 
 import sequences
 from groups import Group
-from models import Policy, by_item, score
+from policy import Policy, by_item, score
 from sequences import Rows, cut_into_microbatches, token_logps
 
 ROLES = ("chosen", "rejected", "KL")

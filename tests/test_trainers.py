@@ -12,7 +12,7 @@ from toys import FAMILIES, toy_config, toy_groups, toy_lm, toy_policy
 
 from groups import Group, with_mismatched
 from metrics import Metrics
-from models import Policy
+from policy import Policy
 from scoring import LossTrainer
 from trainers import (
     BradleyTerryTrainer,

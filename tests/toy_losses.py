@@ -9,7 +9,7 @@ from torch import Tensor
 from toys import toy_config, toy_policy
 
 from arguments import Losses
-from models import Policy
+from policy import Policy
 from scoring import LossTrainer, UnpairedPreferenceTrainer
 from trainers import find_trainer
 from utils import REPOSITORY

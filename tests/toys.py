@@ -11,7 +11,8 @@ from omegaconf import DictConfig, OmegaConf
 from transformers import AutoModelForCausalLM, GPTNeoXConfig, LlamaConfig, MistralConfig, PreTrainedModel
 
 from groups import Group
-from models import Policy, without_dropout
+from models import without_dropout
+from policy import Policy
 from settings import schema
 
 V = 61
