@@ -12,7 +12,8 @@ import torch
 from torch import Tensor, nn
 
 from groups import Group
-from sequences import Rows, cut_into_microbatches, token_logps
+from head import Head, token_logps
+from sequences import Rows, cut_into_microbatches
 from utils import UserError
 
 if TYPE_CHECKING:
@@ -65,9 +66,8 @@ class Policy(nn.Module):
         hidden = self.hidden(rows) if {"token_logps", "values"} & set(wanted) else None
         predicting = None if hidden is None else hidden[rows.predictors.to(self.device)]
         if predicting is not None and "token_logps" in wanted:
-            with self.computing():
-                outputs["token_logps"] = token_logps(predicting, self.head, rows.targets.to(self.device),
-                                                     entropies="entropies" in wanted)
+            outputs["token_logps"] = token_logps(predicting, self.head, rows.targets.to(self.device),
+                                                 entropies="entropies" in wanted)
             if "entropies" in wanted:
                 outputs["token_logps"], outputs["entropies"] = outputs["token_logps"].unbind()
         if predicting is not None and "values" in wanted:
@@ -103,11 +103,12 @@ class Policy(nn.Module):
             return contextlib.nullcontext()
         return torch.autocast(self.device.type, self.dtype)
 
-    def head(self, hidden: Tensor) -> Tensor:
-        """(n, h) hidden states to (n, V) logits, as the model itself does it."""
-        logits = self.lm.get_output_embeddings()(hidden)
-        cap = getattr(self.lm.config, "final_logit_softcapping", None)
-        return logits if cap is None else cap * torch.tanh(logits / cap)
+    @property
+    def head(self) -> Head:
+        """What makes logits of hidden states, as the model itself does it."""
+        linear = self.lm.get_output_embeddings()
+        return Head(linear.weight, getattr(linear, "bias", None),
+                    getattr(self.lm.config, "final_logit_softcapping", None), self.dtype)
 
 
 def make_value_head(lm: Any, seed: int) -> nn.Sequential:

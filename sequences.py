@@ -5,7 +5,7 @@ alone. Rows of about equal length share a microbatch under a budget of tokens, s
 """
 
 from array import array
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -125,36 +125,3 @@ def pack(lines: Sequence[_Line]) -> Rows:
                 torch.tensor(ends), [len(ids) for line in lines for ids in line.completions],
                 [item for line in lines for item in line.items],
                 [(line.prompt, ids) for line in lines for ids in line.completions])
-
-
-def token_logps(hidden: Tensor, head: Callable[[Tensor], Tensor], targets: Tensor, *,
-                entropies: bool = False) -> Tensor:
-    """Log-probability, in nats, of each target id under the head's distribution at its hidden state.
-
-    hidden: (S, h), targets: (S,); returns (S,), in float32 at least. `head` maps (n, h) to (n, V) logits. The (S, V)
-    logits are never all alive: they are formed a chunk at a time, and formed again in the backward pass. entropies:
-    returns (2, S), the second row the distributions' entropies, through which no gradient flows.
-    """
-    from torch.utils.checkpoint import checkpoint
-
-    def chunk_logps(hidden: Tensor, targets: Tensor) -> Tensor:
-        logits = head(hidden)
-        logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
-        logps = logits.gather(1, targets[:, None])[:, 0] - logits.logsumexp(1)
-        return torch.stack([logps, entropy(logits.detach())]) if entropies else logps
-
-    n = CHUNK
-    chunks = zip(hidden.split(n), targets.split(n), strict=True)
-    if torch.is_grad_enabled():
-        return torch.cat([checkpoint(chunk_logps, h, t, use_reentrant=False, preserve_rng_state=False)
-                          for h, t in chunks], dim=-1)
-    return torch.cat([chunk_logps(h, t) for h, t in chunks], dim=-1)
-
-
-def entropy(logits: Tensor) -> Tensor:
-    """(n,) entropies in nats of (n, V) logits."""
-    logps = logits.log_softmax(1)
-    return -(logps.exp() * logps).sum(1)
-
-
-CHUNK = 256  # hidden states whose logits are alive at a time

@@ -16,7 +16,7 @@ from typing import Any, TypeGuard
 from omegaconf import DictConfig, ListConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from utils import REPOSITORY, UserError, let_threads_sleep, nearest
+from utils import REPOSITORY, UserError, keep_freed_memory, let_threads_sleep, nearest
 
 GROUPS = ("model", "loss")
 # What the base class of a loss can do to it; refused where it does not fit.
@@ -85,6 +85,7 @@ def entry_point(run: Callable[[DictConfig], None]) -> Callable[[], None]:
                 run(check(config))
 
         let_threads_sleep()
+        keep_freed_memory()
         with user_errors():
             sys.argv[1:] = prepare_arguments(sys.argv[1:])
             hydra.main(version_base="1.3", config_path=str(REPOSITORY / "config"), config_name="config")(checked)()

@@ -1,5 +1,6 @@
 """Small pure helpers, importable in milliseconds."""
 
+import ctypes
 import difflib
 import json
 import os
@@ -21,6 +22,20 @@ def let_threads_sleep() -> None:
     It costs nothing on an idle machine, and on one shared with others spinning made an evaluation take twice as long.
     """
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+
+
+def keep_freed_memory() -> None:
+    """Let the C library keep memory that is freed for what is allocated next, where it is glibc.
+
+    Large tensors would else be pages taken anew from the kernel, each time: a tenth of a training step on a CPU.
+    """
+    libc = ctypes.CDLL(None)
+    if hasattr(libc, "gnu_get_libc_version"):
+        libc.mallopt(M_MMAP_MAX, 0)
+        libc.mallopt(M_TRIM_THRESHOLD, -1)
+
+
+M_TRIM_THRESHOLD, M_MMAP_MAX = -1, -4  # as <malloc.h> has them
 
 
 def nearest(name: str, known: Iterable[str]) -> str:

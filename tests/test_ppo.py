@@ -12,6 +12,7 @@ import torch
 import toys
 from scripts import call, lines, words
 from torch import Tensor
+from torch.distributions import Categorical
 from toys import toy_config, toy_groups, toy_policy
 
 import eval as evaluation
@@ -22,7 +23,7 @@ from loop import Batch
 from losses.ppo import KINDS, Item, PPOTrainer, advantages, discounted
 from metrics import Metrics
 from policy import Found
-from sequences import Rows, entropy
+from sequences import Rows
 from settings import LOSS, OPTIONS
 from utils import UserError
 
@@ -227,7 +228,7 @@ def test_golden_numbers(case: dict[str, Any]) -> None:
 
     leaves = {kind: {item: values.requires_grad_() for item, values in table(inputs[name]).items()}
               for kind, name in (("token_logps", "new_logprobs"), ("values", "new_values"))}
-    entropies = {(i, role): entropy(torch.tensor(inputs["logits"][i], dtype=torch.float64)[mask[i]])
+    entropies = {(i, role): Categorical(logits=torch.tensor(inputs["logits"][i]).double()[mask[i]]).entropy()
                  for i, role in items}
     [rows] = trainer.microbatches(batch)
     total, metrics = trainer.measure(rows, {**rollout, "returns": after},

@@ -1,24 +1,20 @@
 """Rows, masks and token log-probs, against hand-written masks and the naive path."""
 
-import json
 from collections import Counter
 from dataclasses import replace
 
 import pytest
 import torch
-import toys
 from oracle import Item, exact
 from oracle import token_logps as naive_token_logps
-from torch import Tensor, nn
+from torch import Tensor
 from toys import FAMILIES, V, toy_groups, toy_policy
 
-import sequences
 from groups import Group
 from policy import Policy, by_item, score
-from sequences import Rows, cut_into_microbatches, token_logps
+from sequences import Rows, cut_into_microbatches
 
 ROLES = ("chosen", "rejected", "KL")
-GOLDEN = toys.GOLDEN / "logps.json"
 WINDOW = 16  # mistral's, among the toys
 TWO = [Group([5, 6], {"chosen": [7, 8, 9], "rejected": [10, 11], "KL": [12]}, 0),
        Group([3], {"chosen": [4], "rejected": [2]}, 1)]
@@ -146,57 +142,6 @@ def test_padding_of_unshared_rows_does_not_change_log_probs(family: str) -> None
 @torch.no_grad()
 def logps_by_item(policy: Policy, rows: Rows) -> dict[Item, Tensor]:
     return by_item(rows, "token_logps", policy(rows)["token_logps"])
-
-
-# Token log-probs ------------------------------------------------------------------------------------------------------
-
-@pytest.mark.parametrize("chunk", [1, 3, 1000])
-def test_token_logps_do_not_depend_on_the_chunk(chunk: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    """7 states in chunks of `chunk`, in values and in both gradients as all at once; no more are ever in the head."""
-    draw = torch.Generator().manual_seed(0)
-    head = nn.Linear(5, V, dtype=torch.float64)
-    hidden = torch.randn(7, 5, dtype=torch.float64, generator=draw, requires_grad=True)
-    targets = torch.randint(V, (7,), generator=draw)
-    weights = torch.randn(7, dtype=torch.float64, generator=draw)
-    sizes = list[int]()
-    head.register_forward_hook(lambda module, inputs, output: sizes.append(len(output)))
-    inputs = [hidden, *head.parameters()]
-    expected = head(hidden).log_softmax(-1)[torch.arange(7), targets]
-    expected_gradients = torch.autograd.grad(expected @ weights, inputs)
-    sizes.clear()
-
-    monkeypatch.setattr(sequences, "CHUNK", chunk)
-    logps = token_logps(hidden, head, targets)
-    torch.testing.assert_close(logps, expected, rtol=1e-12, atol=1e-12)
-    torch.testing.assert_close(torch.autograd.grad(logps @ weights, inputs), expected_gradients, rtol=1e-12, atol=1e-12)
-    with torch.no_grad():
-        assert torch.equal(token_logps(hidden, head, targets), logps)
-    assert max(sizes) == min(chunk, 7)
-    assert sum(sizes) == 3 * 7  # forward, again in the backward pass, and without a graph
-
-
-def test_log_softmax_of_bfloat16_logits_is_in_float32() -> None:
-    """Logits (0, 8): log p of the second is -log(1 + e^-8) = -3.354e-4; 8 - logsumexp in bfloat16 would be 0."""
-    logits = torch.tensor([[0.0, 8.0]], dtype=torch.bfloat16)
-    logps = token_logps(logits, nn.Identity(), torch.tensor([1]))
-    assert logps.dtype == torch.float32
-    torch.testing.assert_close(logps, torch.tensor([-3.35406e-4]), rtol=1e-3, atol=0)
-
-
-@pytest.mark.skipif(not GOLDEN.is_file(), reason="no golden numbers here")
-def test_token_logps_match_the_golden_numbers() -> None:
-    """Labels of -100 are not scored, nor is the first position; gradients are those of the sum."""
-    cases = [case for case in json.loads(GOLDEN.read_text())["cases"] if case["dtype"] == "float32"]
-    assert len(cases) >= 5
-    for case in cases:
-        logits = torch.tensor(case["logits"], requires_grad=True)
-        labels = torch.tensor(case["labels"])[:, 1:]
-        scored = labels != -100
-        expected = torch.tensor(case["out"]["token"])
-        logps = token_logps(logits[:, :-1][scored], nn.Identity(), labels[scored])
-        torch.testing.assert_close(logps, expected[scored], rtol=1e-5, atol=1e-6)
-        gradient, = torch.autograd.grad(logps.sum(), logits)
-        torch.testing.assert_close(gradient, torch.tensor(case["out"]["token_grad_of_sum"]), rtol=1e-5, atol=1e-6)
 
 
 # Sharing --------------------------------------------------------------------------------------------------------------
