@@ -12,6 +12,8 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from products import product
+
 SLICE = {"cpu": 2 ** 19, "cuda": 2 ** 28}  # logits that are alive at a time; 2 MB stay in a CPU core's cache
 
 
@@ -27,7 +29,7 @@ class Head:
     def __call__(self, hidden: Tensor, part: slice = slice(None)) -> Tensor:
         """(n, h) to (n, V), or to the part of V, in float32 at least."""
         weight, dtype = self.weight[part], self.dtype or self.weight.dtype
-        logits = hidden.to(dtype) @ weight.to(dtype).T
+        logits = product(hidden.to(dtype), weight.to(dtype))
         logits = logits.to(torch.promote_types(dtype, torch.float32))
         if self.bias is not None:
             logits = logits + self.bias[part]
@@ -94,9 +96,9 @@ class _TokenLogps(torch.autograd.Function):
                 d_logits *= slope
             d_logits = d_logits.to(dtype)
             if d_hidden is not None:
-                d_hidden += d_logits @ weight[part].to(dtype)
+                d_hidden += product(d_logits, weight[part].to(dtype).T)
             if d_weight is not None:
-                d_weight[part] = d_logits.T @ weighted
+                d_weight[part] = product(d_logits.T, weighted.T)
             if d_bias is not None:
                 d_bias[part] = gradient[:, 0] @ d_logits.to(gradient.dtype)
         return None if d_hidden is None else (gradient * d_hidden).to(hidden.dtype), d_weight, d_bias, None, None, None

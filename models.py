@@ -15,6 +15,7 @@ from torch import Tensor
 from checkpoint import load_state, read_states, verify
 from groups import starts_with_bos
 from policy import DTYPES, Policy
+from products import use_onednn
 from sequences import AUTO_BUDGET
 from settings import MARKERS, run_folder
 from utils import REPOSITORY, UserError
@@ -192,6 +193,7 @@ def load_policy(config: "DictConfig", weights: Path | None = None, *, aligned: b
         print(f"loaded {source}: {found['step_idx']} examples seen"
               + "".join(f", {name} {value:.4g}" for name, value in sorted(found["metrics"].items())), file=sys.stderr)
     add_control_rows(lm, config)
+    use_onednn(lm)
     policy = Policy(lm.to(device()), dtype=compute_dtype(config.model.policy_dtype), reward_head=loss.reward_head,
                     value_head=loss.value_head, train_body=config.model.trainable == "all", seed=config.seed)
     if source is not None:
