@@ -7,12 +7,13 @@ import sys
 import time
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
 from torch import Tensor
 from tqdm import tqdm
 
+from budget import attempt, remember
 from checkpoint import save_checkpoint
 from export import save_policy
 from groups import Group
@@ -28,6 +29,7 @@ if TYPE_CHECKING:
     from reference import CachedReference
 
 Batch = list[Group]
+Result = TypeVar("Result")
 
 
 class BasicTrainer:
@@ -119,9 +121,7 @@ class BasicTrainer:
         """
         start = time.perf_counter()
         total = sum(map(len, window))
-        metrics = Metrics()
-        for batch in window:
-            metrics.merge(self.accumulate(batch, total))
+        metrics = self.within_memory(lambda: self.gradient(window, total))
         norm = torch.stack([torch.nn.utils.clip_grad_norm_(parameters, limit)
                             for parameters, limit in self.clipped]).sum()
         self.refuse_non_finite(metrics, norm)
@@ -139,6 +139,29 @@ class BasicTrainer:
         metrics.add("memory_GB", peak_memory())
         return metrics
 
+    def gradient(self, window: list[Batch], total: int) -> Metrics:
+        """The gradient of the mean loss of the window's examples, in the parameters, and their metrics."""
+        self.policy.zero_grad(set_to_none=True)
+        metrics = Metrics()
+        for batch in window:
+            metrics.merge(self.accumulate(batch, total))
+        return metrics
+
+    def within_memory(self, work: Callable[[], Result]) -> Result:
+        """What `work` returns. Where memory runs out it is done again, in microbatches of half as many tokens.
+
+        Errors: `UserError` where a single example does not fit.
+        """
+        while (result := attempt(work)) is None:
+            if self.budget == 1:
+                raise UserError("memory ran out on a single example; ++model.activation_checkpointing=true needs less, "
+                                f"and so does a smaller model.max_length (now {self.config.model.max_length})")
+            self.policy.zero_grad(set_to_none=True)
+            self.budget = max(1, self.budget // 2)
+            print(f"note: memory ran out; going on with microbatches of {self.budget:,} tokens", file=sys.stderr)
+            remember(self.config, self.policy, self.budget)
+        return result
+
     def after_step(self) -> None:
         """Called when the policy has moved."""
 
@@ -150,6 +173,7 @@ class BasicTrainer:
                             f"gradient's norm {norm.item()}; no step was taken. A smaller lr may help (now "
                             f"{self.config.lr}); the last good weights are in {self.run / 'LATEST'} if it was saved")
 
+    @torch.no_grad()
     def evaluate(self) -> dict[str, float]:
         """Means of the metrics over the held-out rows."""
         metrics = Metrics()
@@ -157,8 +181,7 @@ class BasicTrainer:
             for batch in self.eval_loader:
                 if self.interrupted:
                     return self.evaluation
-                with torch.no_grad():
-                    loss, values = self.get_batch_metrics(batch, "eval")
+                loss, values = self.within_memory(lambda batch=batch: self.get_batch_metrics(batch, "eval"))
                 metrics.merge(as_metrics(values, "eval", loss, batch))
                 bar.advance(len(batch), {})
         self.evaluation, self.evaluated_at = metrics.means(), self.examples

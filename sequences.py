@@ -83,7 +83,17 @@ def cut_into_microbatches(groups: Sequence[Group], roles: Sequence[str], budget:
         elif items:
             single.append([_Line(group.prompt, [ids], [item]) for ids, item in zip(completions, items, strict=True)])
     # Apart, since rows of one completion need no mask: plain causal attention is cheaper, and knows sliding windows.
-    return [pack(lines) for kind in (shared, single) for lines in _fill(kind, budget)]
+    return [pack(lines) for kind in (shared, single) for lines in _fill(kind, _even(kind, budget))]
+
+
+def _even(units: list[list[_Line]], budget: int) -> int:
+    """The smallest budget under which there are as few microbatches as under `budget`: they cost about the same."""
+    fewest = len(list(_fill(units, budget)))
+    low, high = 0, budget  # too small, and large enough
+    while high - low > max(budget // 64, 1):
+        middle = (low + high) // 2
+        low, high = (low, middle) if len(list(_fill(units, middle))) <= fewest else (middle, high)
+    return high
 
 
 def _fill(units: list[list[_Line]], budget: int) -> Iterator[list[_Line]]:

@@ -68,11 +68,14 @@ def test_a_microbatch_fits_the_budget_unless_one_group_alone_exceeds_it(budget: 
 
 
 def test_the_budget_counts_padding() -> None:
-    """Rows of 6, 3 and 2 ids: padded to 6 two of them are 12 ids, so 11 hold the longest alone; 3 and 2 make 6."""
+    """Rows of 6, 3 and 2 ids: padded to 6 three of them are 18 ids, so 17 take two microbatches.
+
+    6 and twice 3 ids are more even then than twice 6 and 2; 5 do not hold what is padded to 6, and make three.
+    """
     groups = [Group([1] * P, {"chosen": [2]}, P) for P in (2, 5, 1)]
     shapes = {budget: [tuple(rows.input_ids.shape) for rows in cut_into_microbatches(groups, ["chosen"], budget)]
-              for budget in (11, 12, 17, 18)}
-    assert shapes == {11: [(1, 6), (2, 3)], 12: [(2, 6), (1, 2)], 17: [(2, 6), (1, 2)], 18: [(3, 6)]}
+              for budget in (5, 6, 17, 18)}
+    assert shapes == {5: [(1, 6), (1, 3), (1, 2)], 6: [(1, 6), (2, 3)], 17: [(1, 6), (2, 3)], 18: [(3, 6)]}
 
 
 @pytest.mark.parametrize(("roles", "share"), [("chosen rejected", False), ("unpaired", True), ("unpaired", False)])

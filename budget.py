@@ -1,0 +1,125 @@
+"""How many tokens a microbatch may have: what memory has room for, found out once for a model and a machine."""
+
+import hashlib
+import json
+import platform
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from groups import Group
+from policy import Policy
+from sequences import cut_into_microbatches
+from utils import write_json
+
+if TYPE_CHECKING:
+    from omegaconf import DictConfig
+
+MOST = {"cpu": 1024, "cuda": 65536}  # beyond these a larger microbatch is no faster
+MARGIN = 2.5  # by which memory is thought to fall short of what a forward pass keeps: buffers, recomputation, fragments
+PROBE = 64  # tokens of a prompt, and of a completion, of the two that are tried
+STATE = 3  # tensors of a parameter's size that training adds: the gradient, and up to two of the optimizer
+
+
+def token_budget(config: "DictConfig", policy: Policy) -> int:
+    """Padded tokens in a microbatch: what the settings say, or for `auto` what there is room for.
+
+    That is probed before the first run of a model, and kept in `{cache_dir}/budgets.json`.
+    """
+    if config.model.tokens_per_microbatch != "auto":
+        return int(config.model.tokens_per_microbatch)
+    known, key = _remembered(config), _key(policy)
+    if key not in known:
+        remember(config, policy, known.setdefault(key, probe(policy)))
+    return known[key]
+
+
+def remember(config: "DictConfig", policy: Policy, budget: int) -> None:
+    """Let later runs of this model on this machine begin with `budget`, where they ask for `auto`."""
+    if config.model.tokens_per_microbatch == "auto":
+        write_json(_file(config), {**_remembered(config), _key(policy): budget})
+
+
+def probe(policy: Policy) -> int:
+    device = policy.device.type
+    trained = sum(parameter.nbytes for parameter in policy.parameters() if parameter.requires_grad)
+    room = free_memory(policy.device) - STATE * trained
+    return max(1, min(MOST[device], int(room / (MARGIN * bytes_per_token(policy)))))
+
+
+def bytes_per_token(policy: Policy) -> float:
+    """What a forward pass keeps for the backward pass, by token, half of the tokens scored."""
+    ids = [token % policy.lm.config.vocab_size for token in range(PROBE)]
+    [rows] = cut_into_microbatches([Group(ids, {"chosen": ids}, key) for key in range(2)], ["chosen"], 10**9)
+    weights = {parameter.untyped_storage().data_ptr() for parameter in policy.parameters()}
+    kept = dict[int, int]()
+
+    def keep(tensor: Tensor) -> Tensor:
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() not in weights:
+            kept[storage.data_ptr()] = storage.nbytes()
+        return tensor
+
+    with torch.enable_grad(), torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+        outputs = policy(rows)
+    del outputs
+    return max(sum(kept.values()) / rows.input_ids.numel(), 1.0)
+
+
+def free_memory(device: torch.device) -> int:
+    """Bytes that this process may still take."""
+    if device.type == "cuda":
+        free, _ = torch.cuda.mem_get_info(device)
+        return free + torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+    meminfo = Path("/proc/meminfo")
+    if not meminfo.is_file():  # not Linux
+        return 8 * 2**30
+    fields = dict(line.split(":") for line in meminfo.read_text().splitlines())
+    free = int(fields["MemAvailable"].split()[0]) * 1024
+    limit, used = (Path(f"/sys/fs/cgroup/memory.{name}") for name in ("max", "current"))
+    if limit.is_file() and used.is_file() and limit.read_text().strip() != "max":
+        free = min(free, int(limit.read_text()) - int(used.read_text()))
+    return free
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    return isinstance(error, torch.OutOfMemoryError | MemoryError) or (
+        isinstance(error, RuntimeError) and "can't allocate memory" in str(error))
+
+
+def attempt(work: Callable[[], Any]) -> Any:
+    """What `work` returns, or None where memory ran out; then what it had taken is free again."""
+    try:
+        return work()
+    except (RuntimeError, MemoryError) as error:
+        if not is_out_of_memory(error):
+            raise
+    if torch.cuda.is_available():  # no longer in the handler: its traceback would keep the tensors alive
+        torch.cuda.empty_cache()
+    return None
+
+
+def _file(config: "DictConfig") -> Path:
+    return Path(config.cache_dir).expanduser() / "budgets.json"
+
+
+def _remembered(config: "DictConfig") -> dict[str, int]:
+    try:
+        return dict(json.loads(_file(config).read_text()))
+    except (OSError, ValueError):  # none yet, or damaged: it is probed again
+        return {}
+
+
+def _key(policy: Policy) -> str:
+    """What the room in a microbatch depends on: model, dtype, checkpointing, machine."""
+    settings = {name: value for name, value in policy.lm.config.to_dict().items() if name != "_name_or_path"}
+    machine: Any = platform.node()
+    if policy.device.type == "cuda":
+        machine = [torch.cuda.get_device_name(policy.device), torch.cuda.mem_get_info(policy.device)[1]]
+    checkpointed = any(getattr(module, "gradient_checkpointing", False) for module in policy.lm.modules())
+    facts = [settings, str(policy.dtype), policy.train_body, checkpointed, list(policy.heads()), machine,
+             torch.__version__]
+    return hashlib.sha256(json.dumps(facts, sort_keys=True, default=str).encode()).hexdigest()[:16]
