@@ -95,7 +95,7 @@ def test_memory_that_is_free_is_less_than_the_machine_has() -> None:
     assert 2**20 < free_memory(torch.device("cpu")) < 2**45
 
 
-@pytest.mark.parametrize("limit", [10**6, 60, 45])
+@pytest.mark.parametrize("limit", [10**6, 60, 30])
 def test_where_memory_runs_out_the_step_is_done_again_in_smaller_microbatches(
         limit: int, tmp_path: Path, monkeypatch: Patch, capsys: Screen) -> None:
     """The gradient is that of a run with room for all; the next run begins with what this one found."""
