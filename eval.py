@@ -15,10 +15,14 @@ from settings import entry_point, overridden, run_folder
 from utils import UserError, require_writable, write_json
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
+
     from omegaconf import DictConfig
     from transformers import PreTrainedTokenizerBase
 
-    from dataloader import Example
+    from dataloader import DataLoader, Example
+    from policy import Policy
+    from reference import CachedReference
 
 
 def run(config: "DictConfig") -> None:
@@ -92,20 +96,28 @@ def samples_file(config: "DictConfig", name: str) -> Path:
 
 def answer(config: "DictConfig", weights: Path | None, examples: "list[Example]") -> list[str]:
     """What the policy answers to each prompt, without the marker that ends an answer."""
+    import models
+    import vllm_sampler
+
+    tokenizer, stop = models.load_tokenizer(config, run_folder(config)), config.human_prefix.rstrip()
+    # A model that was never trained after the good token is not asked after it.
+    prompts = prompt_ids(examples, tokenizer, config, config.loss.chosen_control_token if weights else None)
+    by = {"own": own_answers, "vllm": vllm_sampler.sample}[config.sampler]
+    return [text.removesuffix(config.assistant_suffix) for text in by(config, weights, tokenizer, prompts, stop)]
+
+
+def own_answers(config: "DictConfig", weights: Path | None, tokenizer: "PreTrainedTokenizerBase",
+                prompts: list[list[int]], stop: str) -> list[str]:
     from tqdm import tqdm
 
     import models
     import sampling
 
-    tokenizer = models.load_tokenizer(config, run_folder(config))
     policy = models.load_policy(config, weights, aligned=weights is not None).eval()
-    # A model that was never trained after the good token is not asked after it.
-    prompts = prompt_ids(examples, tokenizer, config, config.loss.chosen_control_token if weights else None)
     with tqdm(total=len(prompts), desc="sample", unit="prompt", disable=None) as bar:
-        answers = sampling.sample(policy, tokenizer, prompts, max_length=config.model.max_length, top_p=config.top_p,
-                                  seed=config.seed, stop=config.human_prefix.rstrip(),
-                                  batch_size=config.model.eval_batch_size, advance=bar.update)
-    return [text.removesuffix(config.assistant_suffix) for text in answers]
+        return sampling.sample(policy, tokenizer, prompts, max_length=config.model.max_length, top_p=config.top_p,
+                               seed=config.seed, stop=stop, batch_size=config.model.eval_batch_size,
+                               advance=bar.update)
 
 
 def pick(examples: "list[Example]", n: int | None, seed: int) -> "list[Example]":
@@ -142,9 +154,10 @@ def prompt_ids(examples: "list[Example]", tokenizer: "PreTrainedTokenizerBase", 
 def evaluate(config: "DictConfig") -> None:
     """Print the held-out metrics as JSON, and keep them in the run's folder."""
     import models
+    from budget import token_budget
     from dataloader import make_loader
     from policy import shares_prompts
-    from reference import prepare_reference
+    from reference import opened
     from trainers import find_trainer
 
     weights = weights_of(config)
@@ -154,21 +167,36 @@ def evaluate(config: "DictConfig") -> None:
     find_cache(config, folder)
     tokenizer = models.load_tokenizer(config, folder)
     loader = make_loader(config, tokenizer, "test", with_KL=trainer_class.needs_KL())
-    policy = models.load_policy(config, weights, aligned=weights is not None).eval()
-    share = bool(config.model.share_prompts) and shares_prompts(policy)
-    reference = models.make_reference(config, models.load_policy(config)) if config.loss.use_reference_model else None
-    trainer = trainer_class(config, policy, reference, tokenizer, None, loader, folder,
-                            budget=models.token_budget(config), share=share)
-    trainer.reference = prepare_reference(config, reference, trainer_class.reference_roles(), [loader], share)
+    with opened(initial_reference(config, trainer_class.reference_roles(), loader)) as reference:
+        policy = models.load_policy(config, weights, aligned=weights is not None).eval()
+        share = bool(config.model.share_prompts) and shares_prompts(policy)
+        results = trainer_class(config, policy, reference, tokenizer, None, loader, folder,
+                                budget=token_budget(config, policy), share=share).evaluate()
     report = {"metadata": {"exp_name": config.exp_name, "datasets": list(config.datasets), "split": "test",
                            "examples": len(loader), "policy": str(weights or config.model.name_or_path),
                            "reference": str(models.load_from(config) or config.model.name_or_path)
-                           if reference is not None else None,
+                           if config.loss.use_reference_model else None,
                            "evaluated_at": datetime.now().astimezone().isoformat(timespec="seconds")},
-              "results": trainer.evaluate()}
+              "results": results}
     print(json.dumps(report, indent=2))
     which = "" if not overridden("saved_policy") else f"-{weights.parent.name}" if weights else "-unaligned"
     write_json(folder / f"eval{which}.json", report)
+
+
+def initial_reference(config: "DictConfig", roles: "Sequence[str]",
+                      loader: "DataLoader") -> "Policy | CachedReference | None":
+    """The reference: the policy before training. Where it is cached, no model of it is left when this returns."""
+    import models
+    from policy import shares_prompts
+    from reference import is_cached, prepare_reference
+
+    if not config.loss.use_reference_model:
+        return None
+    policy = models.load_policy(config)
+    if not is_cached(config, roles):
+        return models.make_reference(config, policy)
+    share = bool(config.model.share_prompts) and shares_prompts(policy)
+    return prepare_reference(config, policy, roles, [loader], share)
 
 
 def find_cache(config: "DictConfig", run: Path) -> None:

@@ -16,7 +16,6 @@ from checkpoint import load_state, read_states, verify
 from groups import starts_with_bos
 from policy import DTYPES, Policy
 from products import use_onednn
-from sequences import AUTO_BUDGET
 from settings import MARKERS, run_folder
 from utils import REPOSITORY, UserError
 
@@ -281,8 +280,3 @@ def make_reference(config: "DictConfig", policy: Policy) -> Policy | None:
         lm.float()  # autocast goes down only: what is stored in fewer bits would be computed in them, too
     lm.eval()  # checkpoints activations only in training mode
     return Policy(lm, dtype=policy.dtype).requires_grad_(False)
-
-
-def token_budget(config: "DictConfig") -> int:
-    budget = config.model.tokens_per_microbatch
-    return AUTO_BUDGET[device().type] if budget == "auto" else int(budget)

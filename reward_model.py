@@ -6,8 +6,9 @@ from typing import TYPE_CHECKING
 
 import torch
 
+from budget import token_budget
 from groups import Group, encode
-from models import load_policy, load_tokenizer, token_budget
+from models import load_policy, load_tokenizer
 from policy import Policy
 from sequences import cut_into_microbatches
 from settings import MARKERS
@@ -59,4 +60,4 @@ def load_reward_model(path: str) -> RewardModel:
     tokenizer = load_tokenizer(config, run)
     policy = load_policy(config, run / "LATEST/policy.pt").eval().requires_grad_(False)
     return RewardModel(policy, tokenizer, {key: config[key] for key in MARKERS}, config.model.max_length,
-                       token_budget(config))
+                       token_budget(config, policy))

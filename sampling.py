@@ -1,25 +1,29 @@
-"""Sampling answers: prompts of like length together, each with random numbers of its own.
+"""Sampling answers: many prompts at once, each with random numbers of its own.
 
-A prompt's answer depends on the weights, the seed and the prompt's number alone: not on the batch that it shares, nor
-on which answer of it is finished first.
+A prompt's answer depends on the weights, the seed and the prompt's number alone: not on the prompts that are answered
+beside it, nor on which of them is finished first.
 """
 
+import contextlib
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from decoding import Decoder, decoding
+from padded import PaddedDecoder, fits
 from policy import Policy
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-LIKELIEST = 1024  # tokens that are looked at first for the nucleus; the whole vocabulary only where they are too few
+LIKELIEST = (64, 1024)  # tokens that are looked at first for the nucleus; all of them only where these are too few
+REFILL = 4  # new rows begin where at least one part of so many of the rows is free
 
 
-@torch.no_grad()
 def sample(policy: Policy, tokenizer: "PreTrainedTokenizerBase", prompts: Sequence[Sequence[int]], *, max_length: int,
            top_p: float, seed: int, stop: str, batch_size: int,
            advance: Callable[[int], object] = lambda finished: None) -> list[str]:
@@ -28,81 +32,85 @@ def sample(policy: Policy, tokenizer: "PreTrainedTokenizerBase", prompts: Sequen
     An answer ends at EOS (which is not part of it), before `stop` (if that is not empty), or where prompt and answer
     have `max_length` ids together. advance: called with the number of answers finished since the last call.
     """
-    answers: dict[int, str] = {}
-    order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]), reverse=True)
-    for start in range(0, len(order), batch_size):
-        numbers = order[start:start + batch_size]
-        batch = _Batch(policy, tokenizer, {i: list(prompts[i]) for i in numbers}, max_length, seed)
-        while batch.numbers:
-            finished = batch.step(top_p, stop)
-            answers.update(finished)
-            advance(len(finished))
-    return [answers[i] for i in range(len(prompts))]
+    answers = blank(prompts, max_length, seed)
+    write(policy, answers, Ending(tokenizer, stop), top_p, batch_size, advance)
+    return [answer.text for answer in answers]
 
 
-class _Batch:
-    """Rows that are still being written, with the keys and values of what stands in them."""
+@dataclass(eq=False)
+class Answer:
+    """What is being written after a prompt, and the random numbers that it is drawn with."""
 
-    def __init__(self, policy: Policy, tokenizer: "PreTrainedTokenizerBase", prompts: dict[int, list[int]],
-                 max_length: int, seed: int) -> None:
-        from transformers import DynamicCache
+    number: int
+    prompt: list[int]
+    room: int  # ids that it may have
+    chance: np.random.Generator
+    ids: list[int] = field(default_factory=list)  # with EOS, if it ended so
+    text: str = ""
 
-        self.policy, self.tokenizer = policy, tokenizer
-        self.numbers = list(prompts)  # of the prompts whose rows are in the batch, in order
-        self.room = {i: max_length - len(ids) for i, ids in prompts.items()}
-        assert min(self.room.values()) > 0, "a prompt leaves no room for an answer"
-        self.written: dict[int, list[int]] = {i: [] for i in prompts}
-        self.chance = {i: np.random.default_rng([seed, i]) for i in prompts}
-        self.done: set[int] = set()
-        longest = max(map(len, prompts.values()))
-        # Padding stands on the left, so that all rows write at the same place.
-        self.input_ids = torch.tensor([[0] * (longest - len(ids)) + ids for ids in prompts.values()],
-                                      device=policy.device)
-        self.mask = torch.tensor([[0] * (longest - len(ids)) + [1] * len(ids) for ids in prompts.values()],
-                                 device=policy.device)
-        self.cache = DynamicCache(config=policy.lm.config)
 
-    def step(self, top_p: float, stop: str) -> dict[int, str]:
-        """Write a token in every row; the answers that this finishes, by number."""
-        positions = (self.mask.cumsum(1) - 1).clamp(min=0)[:, -self.input_ids.shape[1]:]
-        with self.policy.computing():
-            hidden = self.policy.lm.base_model(input_ids=self.input_ids, attention_mask=self.mask, use_cache=True,
-                                               position_ids=positions, past_key_values=self.cache).last_hidden_state
-            logits = self.policy.head(hidden[:, -1]).float()
-        draws = torch.tensor([self.chance[i].random() for i in self.numbers], dtype=torch.float32)
-        tokens = nucleus_draw(logits, top_p, draws.to(logits.device)).tolist()
-        finished = {}
-        for number, token in zip(self.numbers, tokens, strict=True):
-            if number not in self.done and (text := self._write(number, token, stop)) is not None:
-                finished[number] = text
-                self.done.add(number)
-        self.input_ids = torch.tensor(tokens, device=self.input_ids.device)[:, None]
-        self.mask = torch.cat([self.mask, self.mask.new_ones(len(tokens), 1)], dim=1)
-        if len(self.done) * 4 >= len(self.numbers):
-            self._drop_finished()
-        return finished
+def blank(prompts: Sequence[Sequence[int]], max_length: int, seed: int) -> list[Answer]:
+    """An answer to each prompt, of which nothing is written."""
+    return [Answer(number, list(ids), max_length - len(ids), np.random.default_rng([seed, number]))
+            for number, ids in enumerate(prompts)]
 
-    def _write(self, number: int, token: int, stop: str) -> str | None:
-        """Add the token to the answer; the answer's text if it ends here."""
-        ids = self.written[number]
-        if token == self.tokenizer.eos_token_id:
-            return self._decode(ids)
+
+@torch.no_grad()
+def write(policy: Policy, answers: Sequence[Answer], ending: "Ending", top_p: float, batch_size: int,
+          advance: Callable[[int], object]) -> None:
+    """Write the answers, `batch_size` of them at a time; where some are finished, others take their place."""
+    assert all(answer.room > 0 for answer in answers), "a prompt leaves no room for an answer"
+    # Those that may get longest come first, so that at the end few rows are written alone; equal prompts together.
+    waiting = sorted(answers, key=lambda answer: (-answer.room, answer.prompt), reverse=True)
+    fast = fits(policy)
+    with decoding(policy) if fast else contextlib.nullcontext():
+        decoder = Decoder[Answer](policy) if fast else PaddedDecoder[Answer](policy)
+        least = max(1, batch_size // REFILL) if fast else batch_size
+        while waiting or decoder.rows:
+            free = min(batch_size - len(decoder.rows), len(waiting))
+            if free >= least or (free and not decoder.rows):
+                decoder.add({answer: answer.prompt for answer in (waiting.pop() for _ in range(free))})
+            rows = decoder.rows
+            logits = decoder.logits().float()
+            draws = torch.tensor([answer.chance.random() for answer in rows], dtype=torch.float32)
+            tokens = nucleus_draw(logits, top_p, draws.to(logits.device)).tolist()
+            more = {answer: token for answer, token in zip(rows, tokens, strict=True) if not ending.ends(answer, token)}
+            decoder.feed(more)
+            advance(len(rows) - len(more))
+
+
+class Ending:
+    """Where answers end, and the text that they then have."""
+
+    def __init__(self, tokenizer: "PreTrainedTokenizerBase", stop: str) -> None:
+        self.tokenizer, self.stop = tokenizer, stop
+        self.completing: dict[int, bool] = {}  # whether a token may be the one that completes `stop`
+
+    def ends(self, answer: Answer, token: int) -> bool:
+        """Whether the token, which is added to the answer, ends it."""
+        ids = answer.ids
         ids.append(token)
-        if stop and stop in self._decode(ids[-(len(stop.encode()) + 1):]):
-            return self._decode(ids).partition(stop)[0]
-        return self._decode(ids) if len(ids) == self.room[number] else None
+        if token == self.tokenizer.eos_token_id:
+            answer.text = self.text(ids[:-1])
+        elif self._stops(ids):
+            answer.text = self.text(ids).partition(self.stop)[0]
+        elif len(ids) == answer.room:
+            answer.text = self.text(ids)
+        else:
+            return False
+        return True
 
-    def _decode(self, ids: list[int]) -> str:
+    def _stops(self, ids: list[int]) -> bool:
+        if not self.stop:
+            return False
+        if ids[-1] not in self.completing:
+            # A token that has the last letter in it, a part of it, or a space that decoders take off its ends.
+            text = self.text(ids[-1:])
+            self.completing[ids[-1]] = self.stop[-1] in text or "\ufffd" in text or self.stop[-1].isspace()
+        return self.completing[ids[-1]] and self.stop in self.text(ids[-(len(self.stop.encode()) + 1):])
+
+    def text(self, ids: list[int]) -> str:
         return str(self.tokenizer.decode(ids, clean_up_tokenization_spaces=False))
-
-    def _drop_finished(self) -> None:
-        keep = [row for row, number in enumerate(self.numbers) if number not in self.done]
-        self.numbers = [self.numbers[row] for row in keep]
-        self.done.clear()
-        if keep:
-            rows = torch.tensor(keep, device=self.mask.device)
-            self.input_ids, self.mask = self.input_ids[rows], self.mask[rows]
-            self.cache.batch_select_indices(rows)
 
 
 def nucleus_draw(logits: Tensor, top_p: float, draws: Tensor) -> Tensor:
@@ -112,17 +120,31 @@ def nucleus_draw(logits: Tensor, top_p: float, draws: Tensor) -> Tensor:
     reaches `top_p`, and at least the likeliest one.
     """
     probabilities = logits.softmax(-1)
-    values, tokens = probabilities.topk(min(LIKELIEST, logits.shape[1]))
-    drawn = _draw(values, tokens, top_p, draws)
-    short = (values.sum(1) < top_p).nonzero()[:, 0]
-    if len(short) and values.shape[1] < logits.shape[1]:
-        drawn[short] = _draw(*probabilities[short].sort(descending=True), top_p, draws[short])
+    R, V = probabilities.shape
+    drawn, left = torch.zeros(R, dtype=torch.long, device=logits.device), torch.arange(R, device=logits.device)
+    for size in (*(size for size in LIKELIEST if size < V), V):
+        rows = probabilities[left] if len(left) < R else probabilities
+        values, tokens = rows.topk(size) if size < V else rows.sort(descending=True)
+        places = _invert(values, top_p, draws[left], whole=size == V)
+        sure = places < size
+        drawn[left[sure]] = tokens[sure].gather(1, places[sure, None])[:, 0]
+        left = left[~sure]
+        if not len(left):
+            break
     return drawn
 
 
-def _draw(values: Tensor, tokens: Tensor, top_p: float, draws: Tensor) -> Tensor:
+def _invert(values: Tensor, top_p: float, draws: Tensor, whole: bool) -> Tensor:
+    """The place of the token that each draw falls on, among the likeliest ones; their number where it is not certain.
+
+    values: (R, k), falling. whole: they are all that there are. A nucleus that goes beyond them has a mass of at least
+    `top_p`, and above that of less than its last token's probability, which is at most the last one's here.
+    """
     cumulative = values.cumsum(1)
-    size = ((cumulative - values) < top_p).sum(1, keepdim=True)  # a token is in while those before it fall short
-    mass = cumulative.gather(1, size - 1)
-    index = torch.searchsorted(cumulative, draws[:, None] * mass, right=True).minimum(size - 1)
-    return tokens.gather(1, index)[:, 0]
+    inside = ((cumulative - values) < top_p).sum(1, keepdim=True)  # a token is in while those before it fall short
+    ends = cumulative.gather(1, inside - 1)
+    known = (ends >= top_p) | whole
+    least, most = torch.where(known, ends, top_p), torch.where(known, ends, top_p + values[:, -1:])
+    bounds = torch.searchsorted(cumulative, draws[:, None] * torch.cat([least, most], 1), right=True)
+    bounds = torch.where(known, bounds.minimum(inside - 1), bounds)
+    return torch.where(bounds[:, 0] == bounds[:, 1], bounds[:, 0], values.shape[1])

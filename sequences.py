@@ -13,8 +13,6 @@ from torch import Tensor
 
 from groups import Group, Ids
 
-AUTO_BUDGET = {"cpu": 1024, "cuda": 16384}  # padded tokens in a microbatch, where model.tokens_per_microbatch is auto
-
 
 @dataclass
 class Rows:

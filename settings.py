@@ -278,6 +278,7 @@ RULES: dict[str, tuple[Callable[[Any], bool], str]] = {
     "checkpoint_minutes": _at_least(0, whole=False),
     "minimum_log_interval_secs": _at_least(0, whole=False),
     "top_p": (_fraction, "a number above 0, at most 1"),
+    "sampler": _one_of("own", "vllm"),
     "frac_unique_desirable": (_fraction, "a share above 0, at most 1"),
     "frac_unique_undesirable": (_fraction, "a share above 0, at most 1"),
     "reference": _one_of("cached", "live"),

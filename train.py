@@ -23,10 +23,11 @@ def run(config: "DictConfig") -> None:
     import torch
 
     import models
+    from budget import token_budget
     from dataloader import make_loader
     from loop import find_optimizer
     from policy import shares_prompts
-    from reference import CachedReference, prepare_reference
+    from reference import is_cached, opened, prepare_reference
     from trainers import find_trainer
 
     trainer_class = find_trainer(config.loss.trainer)
@@ -40,12 +41,12 @@ def run(config: "DictConfig") -> None:
 
     policy = models.load_policy(config)
     share = bool(config.model.share_prompts) and shares_prompts(policy)
-    reference = models.make_reference(config, policy)
-    trainer = trainer_class(config, policy, reference, tokenizer, train_loader, eval_loader, folder,
-                            budget=models.token_budget(config), share=share)
+    cached = is_cached(config, roles := trainer_class.reference_roles())
+    live = None if cached else models.make_reference(config, policy)
+    trainer = trainer_class(config, policy, live, tokenizer, train_loader, eval_loader, folder,
+                            budget=token_budget(config, policy), share=share)
     # After the trainer, which tries the loss out: a mistake in it shows before the reference scores all the data.
-    trainer.reference = reference = prepare_reference(config, reference, trainer_class.reference_roles(),
-                                                      [train_loader, eval_loader], share)
+    trainer.reference = prepare_reference(config, policy if cached else live, roles, [train_loader, eval_loader], share)
     if (folder / "LATEST").exists():
         print(f"note: {folder} has a run already: this one starts anew, and its first checkpoint replaces LATEST",
               file=sys.stderr)
@@ -56,11 +57,8 @@ def run(config: "DictConfig") -> None:
     print(f"{config.exp_name}: {config.loss.name} on {', '.join(config.datasets)}: {len(train_loader):,} training and "
           f"{len(eval_loader):,} held-out examples, on {policy.device} in {str(policy.dtype).removeprefix('torch.')}; "
           f"writes {folder}", file=sys.stderr)
-    try:
+    with opened(trainer.reference):
         trainer.train()
-    finally:
-        if isinstance(reference, CachedReference):
-            reference.close()
 
 
 def prepare_folder(config: "DictConfig", tokenizer: object, folder: Path) -> None:

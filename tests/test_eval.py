@@ -19,6 +19,7 @@ import dataloader
 import eval as evaluation
 import sampling
 import train
+import vllm_sampler
 from feedback import Dataset
 from utils import REPOSITORY, UserError
 
@@ -276,6 +277,24 @@ def test_sampling_is_that_of_the_run_and_of_the_command_line(monkeypatch: Patch,
         "max_length": 40, "top_p": 0.5, "seed": 4, "stop": "\n[Q]", "batch_size": 64, "training": False}
 
 
+def test_vllm_gets_the_same_prompts_and_leaves_the_same_file(some: dict[str, Any], tmp_path: Path, monkeypatch: Patch
+                                                             ) -> None:
+    """With a stand-in for its generation; its answers lose the marker that ends them."""
+    asked: dict[str, Any] = {}
+
+    def answers(config: Any, weights: Path, tokenizer: Any, prompts: list[list[int]], stop: str) -> list[str]:
+        asked.update(weights=weights, stop=stop, prompts=[tokenizer.decode(ids) for ids in prompts])
+        return ["Yes.<|end|>\n"] * len(prompts)
+
+    monkeypatch.setattr(vllm_sampler, "sample", answers)
+    found = samples_of(tmp_path, "--config-path=cache/sft", "++n_samples=5", "++sampler=vllm", "model.max_length=300",
+                       "model.max_prompt_length=256")
+    assert asked["weights"].samefile("cache/sft/LATEST/policy.pt") and asked["stop"] == "\n<|user|>"
+    assert asked["prompts"] == [sample["prompt"] for sample in some["samples"]]
+    assert found["samples"] == [{**sample, "policy": "Yes."} for sample in some["samples"]]
+    assert set(found) == set(some) and found["config"]["sampler"] == "vllm"
+
+
 @pytest.fixture
 def seen(monkeypatch: Patch) -> list[str]:
     """The prompts, decoded, that are given to the sampler, whose answers are `1`, `2`, …"""
@@ -385,6 +404,7 @@ BASE = ["model=tiny", "loss=sft", "datasets=[demo]", "exp_name=base"]
     ([*BASE, "mode=sample", "++saved_policy=null", "datasets=[dmeo]"], ["datasets: ", "did you mean 'demo'?"]),
     (["--config-path=cache/sft", "++mode=sample", "++n_samples=0"], ["n_samples: got 0"]),
     (["--config-path=cache/sft", "++mode=sample", "++top_p=0"], ["top_p: got 0"]),
+    (["--config-path=cache/sft", "++mode=sample", "++sampler=vlm"], ["sampler: got 'vlm'", "own, vllm"]),
 ], ids=lambda value: value[-1] if isinstance(value, list) else "")
 def test_a_mistake_ends_in_one_clear_message(arguments: list[str], expected: list[str], capsys: Capture) -> None:
     code = call(evaluation.main, *arguments)

@@ -1,28 +1,38 @@
 """The cached reference gives what the live one gives, is filled once, and is refused where it is not what it seems."""
 
 import copy
+import gc
+import json
 import os
+import shutil
 import sqlite3
 import subprocess
 import sys
+import weakref
 import zlib
 from collections import Counter
-from collections.abc import Callable, Sequence
-from dataclasses import replace
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 import transformers
 from oracle import exact
+from scripts import call, words
 from torch import Tensor
-from toys import toy_groups, toy_lm, toy_policy
+from toys import toy_config, toy_groups, toy_lm, toy_policy
+from transformers import AutoModelForCausalLM
 
+import eval as evaluation
+import models
 import reference
-from groups import Group, with_mismatched
-from policy import Policy, score
-from reference import CHECKED, FILE, CachedReference, fill_cache, fingerprint, gathered
+import train
+from groups import Group, Ids, with_mismatched
+from policy import DTYPES, Policy, score
+from reference import CHECKED, FILE, CachedReference, fill_cache, fingerprint, gathered, prepare_reference
 from sequences import Rows
 from utils import REPOSITORY, UserError
 
@@ -59,6 +69,14 @@ def calls(monkeypatch: Patch) -> Calls:
 
     monkeypatch.setattr(Policy, "forward", counting)
     return counted
+
+
+def key_of(cache: CachedReference, prompt: Ids, ids: Ids) -> bytes:
+    return cache.keys(prompt, [ids])[0]
+
+
+def holds(cache: CachedReference, prompt: Ids, ids: Ids) -> bool:
+    return bool(cache.entries({key_of(cache, prompt, ids): len(ids)}))
 
 
 def change(folder: Path, statement: str, *values: object) -> None:
@@ -105,11 +123,12 @@ def test_only_roles_that_are_asked_for_and_there_are_scored_and_given(tmp_path: 
 
 @pytest.mark.parametrize(("stored", "computed"), [(torch.bfloat16, None), (torch.float32, torch.bfloat16)])
 def test_in_bfloat16_the_log_probs_are_kept_in_float32_and_pass_the_check_in_other_company(
-        tmp_path: Path, stored: torch.dtype, computed: torch.dtype | None) -> None:
+        tmp_path: Path, monkeypatch: Patch, stored: torch.dtype, computed: torch.dtype | None) -> None:
     """Filled in rows of up to 4 completions, checked in rows of one: other sums, in 8 bits."""
     model = Policy(toy_lm(dtype=stored), dtype=computed)
     batches = make_batches()
     fill(model, batches, tmp_path).close()
+    monkeypatch.setattr(reference, "surroundings", lambda device: 1)
     cache = fill(model, batches, tmp_path, budget=1, share=False)
     assert {value.dtype for value in cache.scored(batches[0], ROLES)["token_logps"].values()} == {torch.float32}
     cache.close()
@@ -117,18 +136,14 @@ def test_in_bfloat16_the_log_probs_are_kept_in_float32_and_pass_the_check_in_oth
 
 # What is scored -----------------------------------------------------------------------------------------------------
 
-def test_a_second_fill_scores_the_first_four_again_and_nothing_else(tmp_path: Path, calls: Calls) -> None:
-    """with_mismatched gives group 0 the chosen completion of group 1, so the first entries are group 0's three and
-    the chosen one of group 1."""
+def test_a_second_fill_scores_nothing(tmp_path: Path, calls: Calls) -> None:
     model, batches = toy_policy(), make_batches()
     fill(model, batches, tmp_path).close()
     assert calls == texts(batches)
     assert set(calls.values()) == {1}
     calls.clear()
     fill(model, batches, tmp_path).close()
-    first, second = batches[0][:2]
-    assert calls == texts([[first, Group(second.prompt, {"chosen": second.completions["chosen"]}, 1)]])
-    assert calls.total() == CHECKED
+    assert not calls
 
 
 def test_texts_that_come_again_are_scored_once(tmp_path: Path, calls: Calls, monkeypatch: Patch) -> None:
@@ -138,9 +153,7 @@ def test_texts_that_come_again_are_scored_once(tmp_path: Path, calls: Calls, mon
     exchanged = [replace(group, completions={"chosen": group.completions["rejected"],
                                              "rejected": group.completions["chosen"]}) for group in groups]
     cache = fill(toy_policy(), [groups, exchanged], tmp_path)
-    once = calls - Counter(dict.fromkeys(calls, 1))
-    assert len(calls) == 16
-    assert once.total() <= CHECKED  # those that were there from an earlier chunk
+    assert (len(calls), calls.total()) == (16, 16)
     found, again = (cache.scored(batch, ROLES)["token_logps"] for batch in (groups, exchanged))
     assert torch.equal(found[5, "chosen"], again[5, "rejected"])
     cache.close()
@@ -163,8 +176,7 @@ def test_completions_of_one_prompt_are_gathered_up_to_four_and_the_budget() -> N
 
 
 def test_a_fill_that_was_killed_goes_on_where_it_was(tmp_path: Path, calls: Calls, monkeypatch: Patch) -> None:
-    """36 texts in microbatches of one; the 11th call does not return: 10 are kept, 4 of them are checked, and 26 are
-    still to be scored."""
+    """36 texts in microbatches of one; the 11th call does not return: 10 are kept, and 26 are still to be scored."""
     model, batches = toy_policy(), make_batches()
     counting = Policy.forward
 
@@ -181,8 +193,8 @@ def test_a_fill_that_was_killed_goes_on_where_it_was(tmp_path: Path, calls: Call
     assert (texts(batches).total(), before.total()) == (36, 10)
     calls.clear()
     fill(model, batches, tmp_path, budget=1, share=False).close()
-    assert calls.total() == CHECKED + 26
-    assert (calls + before).keys() == texts(batches).keys()
+    assert calls + before == texts(batches)
+    assert calls.total() == 26
 
 
 IN_ANOTHER_PROCESS = """
@@ -211,13 +223,16 @@ def test_two_runs_fill_it_at_once_and_lose_nothing(tmp_path: Path, calls: Calls)
     assert [run.wait(timeout=200) for run in runs] == [0, 0]
     model, batches = toy_policy(), make_batches(40)
     cache = fill(model, batches, tmp_path / "cache")
-    assert calls.total() == CHECKED
+    assert not calls
     assert all(len(cache.scored(batch, ROLES)["token_logps"]) == 12 for batch in batches)
     cache.close()
 
 
-def test_progress_is_shown_in_groups_from_the_first_that_lacks_something(tmp_path: Path, monkeypatch: Patch) -> None:
-    """12 groups in chunks of 4. With the first 4 there already, 8 are left; with all there, nothing is shown."""
+@pytest.mark.parametrize("held", [reference.HELD, 7])
+def test_progress_is_shown_in_examples_and_by_the_ids_that_are_scored(tmp_path: Path, monkeypatch: Patch, held: int
+                                                                      ) -> None:
+    """12 groups of 3 texts. With the first 4 there already, 24 of 36 texts are lacking: 8 examples' worth. With all
+    there, nothing is shown. The 24 are one part, or at most 7 at once, which makes 4."""
     shown: list[tuple[int, list[int]]] = []
 
     class Told(reference.Progress):
@@ -230,12 +245,38 @@ def test_progress_is_shown_in_groups_from_the_first_that_lacks_something(tmp_pat
             shown[-1][1].append(examples)
 
     monkeypatch.setattr(reference, "Progress", Told)
-    monkeypatch.setattr(reference, "CHUNK", 4)
+    monkeypatch.setattr(reference, "HELD", held)
     model, batches = toy_policy(), make_batches()
     for part in (batches[:1], batches, batches):
         fill(model, part, tmp_path, budget=1).close()
     assert [(total, sum(steps)) for total, steps in shown] == [(4, 4), (8, 8)]
-    assert all(0 <= step <= 1 for _, steps in shown for step in steps)
+    assert held == 7 or all(0 <= step <= 1 for _, steps in shown for step in steps)
+
+
+def test_more_than_may_be_held_is_scored_in_parts_and_once(tmp_path: Path, calls: Calls, monkeypatch: Patch) -> None:
+    """36 texts and those of the first batch again, at most 10 at a time: 4 or 5 parts, by prompt."""
+    monkeypatch.setattr(reference, "HELD", 10)
+    batches = make_batches()
+    cache = fill(toy_policy(), [*batches, batches[0]], tmp_path)
+    assert calls == texts(batches)
+    assert all(len(cache.scored(batch, ROLES)["token_logps"]) == 12 for batch in batches)
+    cache.close()
+
+
+def test_completions_of_one_prompt_share_a_row_wherever_they_stand(tmp_path: Path, monkeypatch: Patch) -> None:
+    """The chosen of 6 prompts, then the rejected of the same: 12 texts in 6 rows, not in 12."""
+    rows: list[int] = []
+    forward = Policy.forward
+
+    def counting(self: Policy, packed: Rows, *wanted: Any) -> dict[str, Tensor]:
+        rows.append(len(packed.input_ids))
+        return forward(self, packed, *wanted)
+
+    monkeypatch.setattr(Policy, "forward", counting)
+    groups = toy_groups(6)
+    fill(toy_policy(), [[replace(group, completions={role: group.completions[role]}) for group in groups]
+                        for role in ("chosen", "rejected")], tmp_path).close()
+    assert sum(rows) == 6
 
 
 # What it is for -----------------------------------------------------------------------------------------------------
@@ -312,9 +353,10 @@ def test_what_does_not_matter_leaves_the_entries_found(tmp_path: Path) -> None:
 def test_a_text_is_found_by_where_its_prompt_ends(tmp_path: Path) -> None:
     """Prompt 1 2 with completion 3 is not prompt 1 with completion 2 3, and its ids are not those of 513 (0x0201)."""
     cache = CachedReference(toy_policy(), tmp_path)
-    keys = {cache.key(prompt, ids) for prompt, ids in [([1, 2], [3]), ([1], [2, 3]), ([513], [3]), ([2, 1], [3])]}
+    keys = {key_of(cache, prompt, ids) for prompt, ids in [([1, 2], [3]), ([1], [2, 3]), ([513], [3]), ([2, 1], [3])]}
     assert len(keys) == 4
-    assert cache.key((1, 2), [3]) == cache.key([1, 2], (3,))
+    ids: Any = np.array([1, 2], np.int32)
+    assert cache.keys([1, 2], [[3], (4,)]) == [key_of(cache, (1, 2), [3]), key_of(cache, ids, [4])]
     cache.close()
 
 
@@ -324,20 +366,20 @@ def entry(cache: CachedReference, logps: Tensor) -> tuple[object, ...]:
     """The columns that belong to some log-probs of the first text: crc, logps."""
     group = make_batches()[0][0]
     data = logps.numpy().tobytes()
-    return zlib.crc32(data, zlib.crc32(cache.key(group.prompt, group.completions["chosen"]) + b"float64")), data
+    return zlib.crc32(data, zlib.crc32(key_of(cache, group.prompt, group.completions["chosen"]) + b"float64")), data
 
 
 DAMAGES = {
-    "a byte": ("UPDATE token_logps SET logps = CAST(X'00' || substr(logps, 2) AS BLOB)", "checksum"),
-    "its end": ("UPDATE token_logps SET logps = substr(logps, 1, length(logps) - 8)", "checksum"),
-    "its crc": ("UPDATE token_logps SET crc = crc + 1", "checksum"),
-    "its dtype": ("UPDATE token_logps SET dtype = 'float32'", "checksum"),
-    "no dtype": ("UPDATE token_logps SET dtype = NULL", "checksum"),
-    "its type": ("UPDATE token_logps SET logps = 'text'", "checksum"),
-    "nothing there": ("UPDATE token_logps SET logps = NULL", "checksum"),
-    "its count": ("UPDATE token_logps SET tokens = tokens + 1", "counts"),
-    "its place": ("UPDATE token_logps SET (crc, logps) = (SELECT crc, logps FROM token_logps AS other "
-                  "WHERE other.tokens = token_logps.tokens AND other.key != token_logps.key)", "checksum"),
+    "a byte": ("UPDATE entries SET logps = CAST(X'00' || substr(logps, 2) AS BLOB)", "checksum"),
+    "its end": ("UPDATE entries SET logps = substr(logps, 1, length(logps) - 8)", "checksum"),
+    "its crc": ("UPDATE entries SET crc = crc + 1", "checksum"),
+    "its dtype": ("UPDATE entries SET dtype = 'float32'", "checksum"),
+    "no dtype": ("UPDATE entries SET dtype = NULL", "checksum"),
+    "its type": ("UPDATE entries SET logps = 'text'", "checksum"),
+    "nothing there": ("UPDATE entries SET logps = NULL", "checksum"),
+    "its count": ("UPDATE entries SET tokens = tokens + 1", "counts"),
+    "its place": ("UPDATE entries SET (crc, logps) = (SELECT crc, logps FROM entries AS other "
+                  "WHERE other.tokens = entries.tokens AND other.key != entries.key)", "checksum"),
 }
 
 
@@ -354,29 +396,34 @@ def test_a_damaged_entry_is_refused_when_it_is_read_and_when_the_next_run_opens_
 
 
 @pytest.mark.parametrize(("factor", "refused"), [(1 + 1e-8, False), (1.01, True), (float("nan"), True)])
-def test_an_entry_that_is_whole_but_not_what_the_model_gives_is_refused(tmp_path: Path, factor: float,
-                                                                        refused: bool) -> None:
-    """In float64 1e-6 of a completion's log-probs is rounding, which here is 1e-8; 1% is not."""
+def test_after_a_change_of_the_code_that_scores_four_entries_are_scored_again_and_must_be_the_same(
+        tmp_path: Path, calls: Calls, monkeypatch: Patch, factor: float, refused: bool) -> None:
+    """In float64 1e-6 of a completion's log-probs is rounding, which here is 1e-8; 1% is not. Once is enough."""
     model, batches = toy_policy(), make_batches()
     cache = fill(model, batches, tmp_path)
     group = batches[0][0]
-    key = cache.key(group.prompt, group.completions["chosen"])
+    key = key_of(cache, group.prompt, group.completions["chosen"])
     logps = cache.scored([group], ["chosen"])["token_logps"][0, "chosen"]
-    change(tmp_path, "UPDATE token_logps SET crc = ?, logps = ? WHERE key = ?", *entry(cache, logps * factor), key)
+    change(tmp_path, "UPDATE entries SET crc = ?, logps = ? WHERE key = ?", *entry(cache, logps * factor), key)
     cache.close()
+    calls.clear()
+    monkeypatch.setattr(reference, "surroundings", lambda device: 1)
     if refused:
-        with pytest.raises(UserError, match=f"{FILE}: an entry is off by .*delete it"):
-            fill(model, batches, tmp_path)
+        for _ in range(2):
+            with pytest.raises(UserError, match=f"{FILE}: an entry is off by .*delete it"):
+                fill(model, batches, tmp_path)
     else:
-        fill(model, batches, tmp_path).close()
+        for _ in range(2):
+            fill(model, batches, tmp_path).close()
+        assert calls.total() == CHECKED
 
 
 def test_a_whole_entry_of_the_wrong_length_is_refused(tmp_path: Path) -> None:
     """One log-prob less than the completion has ids, with the right checksum and count."""
     cache = fill(toy_policy(), make_batches(), tmp_path)
     group = make_batches()[0][0]
-    key, T = cache.key(group.prompt, group.completions["chosen"]), len(group.completions["chosen"])
-    change(tmp_path, "UPDATE token_logps SET tokens = tokens - 1, crc = ?, logps = ? WHERE key = ?",
+    key, T = key_of(cache, group.prompt, group.completions["chosen"]), len(group.completions["chosen"])
+    change(tmp_path, "UPDATE entries SET tokens = tokens - 1, crc = ?, logps = ? WHERE key = ?",
            *entry(cache, torch.zeros(T - 1, dtype=torch.float64)), key)
     with pytest.raises(UserError, match=f"log-probs of {T - 1} tokens, .* completion of {T}"):
         cache.scored([group], ["chosen"])
@@ -404,7 +451,7 @@ def cut_short(file: Path) -> None:
 
 
 def of_another_kind(file: Path) -> None:
-    change(file.parent, "CREATE TABLE token_logps (id INTEGER, logps REAL)")
+    change(file.parent, "CREATE TABLE entries (id INTEGER, logps REAL)")
 
 
 @pytest.mark.parametrize("spoil", [not_sqlite, cut_short, of_another_kind])
@@ -444,10 +491,10 @@ def test_a_full_disk_is_an_error_that_keeps_what_was_written(tmp_path: Path) -> 
     cache.write([(([1], [2]), torch.ones(1))])
     with pytest.raises(UserError, match=f"cache_dir: .*{FILE} cannot be read or written: .*full; make room"):
         cache.write([(([1], [3]), torch.ones(1)), (([1], [2] * 6000), torch.ones(6000, dtype=torch.float64))])
-    assert [cache.read([1], ids) is not None for ids in ([2], [3], [2] * 6000)] == [True, False, False]
+    assert [holds(cache, [1], ids) for ids in ([2], [3], [2] * 6000)] == [True, False, False]
     cache.database.execute("PRAGMA max_page_count = 1000")
     cache.write([(([1], [3]), torch.ones(1))])
-    assert cache.read([1], [3]) == torch.ones(1)
+    assert holds(cache, [1], [3])
     cache.close()
 
 
@@ -465,8 +512,227 @@ def test_log_probs_that_are_not_finite_are_refused_and_not_kept(tmp_path: Path, 
     model, batches = toy_policy(), make_batches()
     with torch.no_grad():
         model.lm.get_output_embeddings().weight[0, 0] = float("nan")
-    for _ in range(2):  # the second run finds nothing to check
+    for _ in range(2):  # the second run finds nothing there
         calls.clear()
         with pytest.raises(UserError, match="the reference's log-probs are not finite"):
             fill(model, batches, tmp_path, budget=1, share=False)
         assert calls.total() == 1
+
+
+# What a run does ----------------------------------------------------------------------------------------------------
+
+@pytest.fixture(scope="module")
+def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with 8 pairs to train on and 3 held out, and the weights that all runs start from, whatever their seed.
+
+    With batches of 8 and 4, KTO has 16 rows and 6 held out; KL pairs depend on the order, and so on the seed.
+    """
+    home = tmp_path_factory.mktemp("home")
+    rows = [{"split": "test" if number > 8 else "train", "prompt": f"Say {number}", "chosen": f"{number}, good.",
+             "rejected": f"{number}, bad."} for number in range(1, 12)]
+    (home / "pairs.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    lm = AutoModelForCausalLM.from_config(transformers.AutoConfig.from_pretrained(REPOSITORY / "examples/tiny"))
+    lm.save_pretrained(home / "start")
+    return home
+
+
+@dataclass
+class Watched:
+    """What happened in a run before training."""
+
+    scored: Calls = field(default_factory=Counter)
+    caches: list[Any] = field(default_factory=list)
+
+
+def run(main: Callable[[], None], *arguments: str) -> Watched:
+    """A script that must succeed."""
+    watched, inside = Watched(), list[None]()
+    forward, prepare = Policy.forward, reference.prepare_reference
+
+    def watched_prepare(*args: Any) -> Any:
+        inside.append(None)
+        found = prepare(*args)
+        inside.pop()
+        watched.caches.append(found)
+        return found
+
+    def watched_forward(self: Policy, rows: Rows, *wanted: Any) -> dict[str, Tensor]:
+        assert not (inside and torch.is_grad_enabled()) and not (inside and self.lm.training)
+        watched.scored.update((tuple(prompt), tuple(ids)) for prompt, ids in rows.texts if inside)
+        return forward(self, rows, *wanted)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(reference, "prepare_reference", watched_prepare)
+        patch.setattr(Policy, "forward", watched_forward)
+        assert call(main, *arguments) == 0
+    return watched
+
+
+def aligned(home: Path, cache: Path, loss: str, seed: int, **changes: str) -> Watched:
+    return run(train.main, *words(
+        loss=loss, seed=str(seed), exp_name=loss, datasets=f"[{home}/pairs.jsonl]", cache_dir=str(cache),
+        n_examples="null", n_eval_examples="null", n_epochs="1", model__load_from=str(home / "start"),
+        model__batch_size="8", model__eval_batch_size="4", **changes))
+
+
+def test_a_paired_run_scores_its_reference_once_whatever_the_order(home: Path, tmp_path: Path) -> None:
+    """11 pairs make 22 texts; a second run and one in another order score none, and so does another loss of pairs."""
+    assert aligned(home, tmp_path, "dpo", 1).scored.total() == 22
+    for loss, seed in (("dpo", 1), ("dpo", 2), ("ipo", 1)):
+        assert not aligned(home, tmp_path, loss, seed).scored
+
+
+def test_a_run_with_KL_pairs_scores_the_new_ones_alone(home: Path, tmp_path: Path) -> None:
+    """22 texts and 22 KL pairs, or fewer where one occurs twice. Then nothing, also for DPO, which has no KL pairs; in
+    another order what is scored are other pairs, and all of those that KTO trains on are there."""
+    first = aligned(home, tmp_path, "kto", 1).scored
+    assert 22 < len(first) <= 44 and first.total() == len(first)
+    assert not aligned(home, tmp_path, "kto", 1).scored
+    assert not aligned(home, tmp_path, "dpo", 1).scored
+    other = aligned(home, tmp_path, "kto", 2).scored
+    assert 0 < other.total() == len(other) <= 22
+    assert not other.keys() & first.keys()
+
+
+def test_an_evaluation_of_a_run_scores_nothing_and_closes_the_cache(home: Path, tmp_path: Path) -> None:
+    aligned(home, tmp_path, "kto", 1)
+    watched = run(evaluation.main, f"--config-path={tmp_path / 'kto'}", "++mode=eval")
+    assert not watched.scored
+    [cache] = watched.caches
+    with pytest.raises(sqlite3.ProgrammingError, match="closed"):
+        cache.entries({b"": 1})
+
+
+def test_where_the_reference_is_cached_there_is_one_model_at_a_time(home: Path, tmp_path: Path, monkeypatch: Patch
+                                                                   ) -> None:
+    """Also in a first run, and with checkpointed activations, which put the policy into training mode. An evaluation
+    reads the model before training and then the one after it; the first is gone when the second is made."""
+    alive: list[int] = []
+    make = Policy.__init__
+
+    def counting(self: Policy, *args: Any, **options: Any) -> None:
+        gc.collect()
+        alive.append(sum(model() is not None for model in earlier))
+        make(self, *args, **options)
+        earlier.append(weakref.ref(self))
+
+    earlier: list[weakref.ref[Policy]] = []
+    monkeypatch.setattr(Policy, "__init__", counting)
+    monkeypatch.setattr(copy, "deepcopy", watch_models(copy.deepcopy, copied := []))
+    aligned(home, tmp_path, "dpo", 1, model__activation_checkpointing="true")
+    gc.collect()
+    run(evaluation.main, f"--config-path={tmp_path / 'dpo'}", "++mode=eval")
+    assert (alive, copied) == ([0, 0, 0], [])
+
+
+def watch_models(deepcopy: Callable[..., Any], copied: list[object]) -> Callable[..., Any]:
+    def watching(thing: Any, *args: Any, **options: Any) -> Any:
+        copied.extend([thing] if isinstance(thing, transformers.PreTrainedModel) else [])
+        return deepcopy(thing, *args, **options)
+
+    return watching
+
+
+class Loader:
+    """As much of a loader as the reference asks for."""
+
+    def __init__(self, batches: list[list[Group]], name: str | None = None) -> None:
+        self.batches, self.iterated = batches, 0
+        if name is not None:
+            self.fingerprint = name
+
+    def __len__(self) -> int:
+        return sum(map(len, self.batches))
+
+    def __iter__(self) -> Iterator[list[Group]]:
+        self.iterated += 1
+        return iter(self.batches)
+
+
+def prepare(folder: Path, model: Policy, *loaders: Any) -> CachedReference:
+    config = toy_config("dpo", cache_dir=str(folder), model__reference_dtype=str(model.dtype).removeprefix("torch."))
+    found = prepare_reference(config, model, ["chosen", "rejected"], loaders, share=True)
+    assert isinstance(found, CachedReference)
+    return found
+
+
+def test_the_policy_stands_for_its_copy_and_is_left_as_it_was(tmp_path: Path, calls: Calls) -> None:
+    """In float32 it has the same fingerprint; filling takes place in evaluation mode, without a graph."""
+    policy, batches = toy_policy(dtype=torch.float32), make_batches()
+    policy.lm.train()
+    cache = prepare(tmp_path, policy, Loader(batches))
+    copied = models.make_reference(toy_config("dpo"), policy)
+    assert copied is not None and fingerprint(copied) == cache.fingerprint == fingerprint(policy)
+    assert policy.lm.training and all(parameter.requires_grad for parameter in policy.lm.parameters())
+    found, live = cache.scored(batches[0], ["chosen"]), score(copied, batches[0], ["chosen"], ["token_logps"], 64, True)
+    for item, value in live["token_logps"].items():
+        assert torch.allclose(found["token_logps"][item], value, rtol=1e-4, atol=1e-4)
+    cache.close()
+
+
+def test_a_reference_in_another_dtype_is_a_copy_and_gone_before_training(tmp_path: Path, monkeypatch: Patch) -> None:
+    """Where a GPU is, it is stored in bfloat16; here it is told to be."""
+    monkeypatch.setattr(reference, "compute_dtype", DTYPES.__getitem__)
+    monkeypatch.setattr(models, "compute_dtype", DTYPES.__getitem__)
+    policy, batches, made = toy_policy(dtype=torch.float32), make_batches(), list[weakref.ref[Policy]]()
+    policy.dtype = torch.bfloat16
+    before = fingerprint(policy)
+    make = models.make_reference
+
+    def watching(*args: Any) -> Policy | None:
+        copied = make(*args)
+        assert copied is not None
+        made.append(weakref.ref(copied))
+        return copied
+
+    monkeypatch.setattr(reference, "make_reference", watching)
+    cache = prepare(tmp_path, policy, Loader(batches))
+    gc.collect()
+    assert len(made) == 1 and made[0]() is None
+    assert cache.fingerprint != before == fingerprint(policy)
+    cache.close()
+
+
+def test_data_that_is_complete_by_its_fingerprint_is_not_gone_through_again(tmp_path: Path, monkeypatch: Patch) -> None:
+    """Other data is, and the same after the code that scores has changed; so is what has no fingerprint."""
+    model, batches = toy_policy(dtype=torch.float32), make_batches()
+
+    def times(loader: Loader) -> int:
+        prepare(tmp_path, model, loader).close()
+        return loader.iterated
+
+    assert [times(Loader(batches, name)) for name in ("a", "a", "b", "b")] == [1, 0, 1, 0]
+    assert [times(Loader(batches)) for _ in range(2)] == [1, 1]
+    assert times(Loader(batches[:2], "a")) == 1
+    monkeypatch.setattr(reference, "surroundings", lambda device: 1)
+    assert [times(Loader(batches, "a")) for _ in range(2)] == [1, 0]
+
+
+def test_a_fingerprint_that_promised_too_much_is_an_error_once(tmp_path: Path) -> None:
+    """The loader gives other data under the same name: it is refused when it is read, and gone through at the next
+    start."""
+    model, batches, others = toy_policy(dtype=torch.float32), make_batches(), make_batches(seed=1)
+    prepare(tmp_path, model, Loader(batches, "a")).close()
+    cache = prepare(tmp_path, model, Loader(others, "a"))
+    with pytest.raises(UserError, match=f"{FILE}: no reference log-probs .* start the run again"):
+        cache.scored(others[0], ROLES[:2])
+    cache.close()
+    cache = prepare(tmp_path, model, Loader(others, "a"))
+    assert len(cache.scored(others[0], ROLES[:2])["token_logps"]) == 8
+    cache.close()
+
+
+def test_an_edit_of_any_module_that_scores_changes_the_surroundings(tmp_path: Path, monkeypatch: Patch) -> None:
+    """policy.py and what it imports are read; of a copy, with a comment more, they are others."""
+    before = reference.surroundings(torch.device("cpu"))
+    for file in REPOSITORY.glob("*.py"):
+        shutil.copy(file, tmp_path)
+    monkeypatch.setattr(reference, "REPOSITORY", tmp_path)
+    assert reference.surroundings(torch.device("cpu")) == before
+    for name in ("policy.py", "sequences.py"):
+        text = (tmp_path / name).read_text()
+        (tmp_path / name).write_text(text + "# edited\n")
+        assert reference.surroundings(torch.device("cpu")) != before
+        (tmp_path / name).write_text(text)
+    (tmp_path / "judge.py").write_text("")
+    assert reference.surroundings(torch.device("cpu")) == before
