@@ -18,7 +18,7 @@ from utils import write_json
 if TYPE_CHECKING:
     from omegaconf import DictConfig
 
-MOST = {"cpu": 1024, "cuda": 65536}  # beyond these a larger microbatch is no faster
+MOST = {"cpu": 512, "cuda": 65536}  # more tokens make a microbatch no faster; on a CPU, hardly
 MARGIN = 2.5  # by which memory is thought to fall short of what a forward pass keeps: buffers, recomputation, fragments
 PROBE = 64  # tokens of a prompt, and of a completion, of the two that are tried
 STATE = 3  # tensors of a parameter's size that training adds: the gradient, and up to two of the optimizer

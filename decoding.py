@@ -6,7 +6,7 @@ stand in blocks that are written in place, and are read by rows of like length t
 """
 
 import contextlib
-from collections.abc import Hashable, Iterator, Sequence, Set
+from collections.abc import Hashable, Iterator, Mapping, Sequence, Set
 from itertools import pairwise
 from typing import Any, Generic, TypeVar
 
@@ -200,7 +200,7 @@ class Decoder(Generic[Row]):
     def rows(self) -> list[Row]:
         return [row for cohort in self.cohorts for row in cohort.rows]
 
-    def add(self, prompts: dict[Row, Sequence[int]]) -> None:
+    def add(self, prompts: Mapping[Row, Sequence[int]]) -> None:
         """Rows that begin with these ids; the prompts that are alike are computed once, also if `add` had the last."""
         waiting = sorted(prompts, key=lambda row: (len(prompts[row]), tuple(prompts[row])))
         known = self.last
@@ -250,7 +250,7 @@ class Decoder(Generic[Row]):
             cap = self.policy.head.cap
             return logits if cap is None else cap * torch.tanh(logits / cap)
 
-    def feed(self, tokens: dict[Row, int]) -> None:
+    def feed(self, tokens: Mapping[Row, int]) -> None:
         """The next token of each row that stays."""
         gone = self.tokens.keys() - tokens.keys()
         for cohort in self.cohorts if gone else ():

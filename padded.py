@@ -1,6 +1,6 @@
 """Writing many rows with any model: `PaddedDecoder`, for those that `decoding.Decoder` does not fit, and which do."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, Generic
 
 import torch
@@ -49,7 +49,7 @@ class PaddedDecoder(Generic[Row]):
         self.policy = policy
         self.rows: list[Row] = []
 
-    def add(self, prompts: dict[Row, Sequence[int]]) -> None:
+    def add(self, prompts: Mapping[Row, Sequence[int]]) -> None:
         from transformers import DynamicCache
 
         assert not self.rows, "rows begin together"
@@ -69,7 +69,7 @@ class PaddedDecoder(Generic[Row]):
                                                position_ids=positions, past_key_values=self.cache).last_hidden_state
             return self.policy.head(hidden[:, -1])
 
-    def feed(self, tokens: dict[Row, int]) -> None:
+    def feed(self, tokens: Mapping[Row, int]) -> None:
         stay = [place for place, row in enumerate(self.rows) if row in tokens]
         if stay and len(stay) < len(self.rows):
             self.mask = self.mask[stay]

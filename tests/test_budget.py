@@ -59,8 +59,8 @@ def test_auto_is_probed_once_and_remembered_for_this_model(tmp_path: Path, monke
 
 def test_a_damaged_memory_is_made_anew(tmp_path: Path) -> None:
     (tmp_path / "budgets.json").write_text("{")
-    assert token_budget(config(tmp_path), toy_policy()) == 1024  # the toy has room for all that is of use on a CPU
-    assert list(json.loads((tmp_path / "budgets.json").read_text()).values()) == [1024]
+    assert token_budget(config(tmp_path), toy_policy()) == 512  # the toy has room for all that is of use on a CPU
+    assert list(json.loads((tmp_path / "budgets.json").read_text()).values()) == [512]
 
 
 def test_the_room_is_what_training_leaves_over_the_margin(monkeypatch: Patch) -> None:

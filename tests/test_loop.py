@@ -17,7 +17,6 @@ from transformers import PreTrainedTokenizerBase
 
 import loop
 import models
-from budget import token_budget
 from checkpoint import read_states, save_states
 from dataloader import make_loader
 from groups import Group
@@ -475,7 +474,7 @@ def real_trainer(run: Path, tokenizer: PreTrainedTokenizerBase, loss: str, kind:
     policy = models.load_policy(config)
     run.mkdir()
     return found(config, policy, models.make_reference(config, policy), tokenizer, *loaders, run,
-                 budget=token_budget(config, policy))
+                 budget=512)
 
 
 def steady(run: Path, name: str) -> list[dict[str, float]]:
