@@ -126,7 +126,8 @@ def test_a_relative_cache_dir_is_joined_once(home: Path) -> None:
     config = OmegaConf.load(home / "cache/dpo/config.yaml")
     assert (config.cache_dir, config.local_run_dir) == ("cache", "cache/dpo")
     assert [path.name for path in home.iterdir()] == ["cache"]
-    assert {path.name for path in (home / "cache").iterdir()} <= {"sft", "dpo", "kto", "again", "reference.sqlite"}
+    assert {path.name for path in (home / "cache").iterdir()} <= {"sft", "dpo", "kto", "again", "reference.sqlite",
+                                                                  "budgets.json"}
 
 
 def test_a_run_leaves_nothing_in_the_working_directory(tmp_path: Path) -> None:
@@ -136,7 +137,7 @@ def test_a_run_leaves_nothing_in_the_working_directory(tmp_path: Path) -> None:
     assert done.returncode == 0, done.stderr
     assert (cache / "toy/LATEST/policy.pt").is_file()
     assert list(here.iterdir()) == []
-    assert [path.name for path in cache.iterdir()] == ["toy"]
+    assert sorted(path.name for path in cache.iterdir()) == ["budgets.json", "toy"]
 
 
 @pytest.mark.parametrize(("changes", "kept"), [
