@@ -240,6 +240,11 @@ def get_alpacaeval(split: str, human_prefix: str, human_suffix: str, assistant_p
     return data
 
 
+# What these give depends on the rows of a `source` on disk, on their arguments and on the code of this repository.
+OF_THEIR_SOURCE = (get_hh, get_hh_helpful, get_hh_harmless, get_shp, get_oasst, get_ultrabin, get_ultrachat,
+                   get_alpacaeval)
+
+
 def _example(data: Dataset, markers: Markers, turns: Messages, place: str) -> Example:
     return data[fold_spaces(markers.prompt(turns, place))]
 

@@ -4,6 +4,8 @@ To add a data set, write `get_NAME(split, human_prefix, human_suffix, assistant_
 here; `datasets=[NAME]` finds it. To add a loader, subclass `DataLoader` and name it in a loss's YAML.
 """
 
+import contextlib
+import gc
 import hashlib
 import inspect
 import math
@@ -11,11 +13,17 @@ import random
 import re
 import sys
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from functools import cached_property
 from itertools import permutations
-from typing import TYPE_CHECKING, Any, NamedTuple
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
+import numpy as np
+
+from batches import DataLoader
 from corpora import (
+    OF_THEIR_SOURCE,
     get_alpacaeval,
     get_demo,
     get_demo_judge,
@@ -28,9 +36,10 @@ from corpora import (
     get_ultrachat,
 )
 from feedback import Dataset, Example, Markers, fold_spaces
-from groups import Group, cut_prompt, encode, starts_with_bos, with_mismatched
+from rows import Row, RowTable
 from shapes import RULE_OPTIONS, get_file
-from sources import HUB, HUB_OPTIONS, is_path, with_options
+from sources import HUB, HUB_OPTIONS, data_files, is_path, note, notes, with_options
+from token_store import Given, TokenStore, key_of, recalled, remember, tokenised
 from utils import UserError, nearest
 
 if TYPE_CHECKING:
@@ -52,9 +61,7 @@ def load_dataset(name: str, split: str, markers: Markers, seed: int = 0) -> Data
 
 
 def _load_whole(name: str, split: str, markers: Markers, options: dict[str, str]) -> Dataset:
-    getters: dict[str, Callable[..., Any]] = {
-        key.removeprefix("get_"): value for key, value in globals().items()
-        if key.startswith("get_") and callable(value) and key != "get_file"}
+    getters = _getters()
     base, _, path = name.partition(":")
     if name.startswith(HUB):
         _require_options(name, options, *RULE_OPTIONS, *HUB_OPTIONS)
@@ -70,6 +77,11 @@ def _load_whole(name: str, split: str, markers: Markers, options: dict[str, str]
     raise UserError(f"datasets: no dataset {name!r} (have {', '.join(sorted(getters))}){nearest(name, getters)}; add "
                     f"get_{re.sub(r'[^0-9A-Za-z_]', '_', name)} to dataloader.py, or give a file's path, or "
                     f"{HUB}{name} for a set on the Hub")
+
+
+def _getters() -> dict[str, Callable[..., Any]]:
+    return {key.removeprefix("get_"): value for key, value in globals().items()
+            if key.startswith("get_") and callable(value) and key != "get_file"}
 
 
 def _require_options(name: str, options: dict[str, str], *allowed: str) -> None:
@@ -101,13 +113,10 @@ def _part(data: Dataset, fraction: float, markers: Markers, seed: int) -> Datase
             prompt = prompt.replace(marker, " ")
         return hashlib.sha256(f"{seed} {' '.join(prompt.split())}".encode()).digest()
 
+    ranks = list(map(rank, data))
     # Rounded, since 100 * 0.07 is a little more than 7.
-    kept = set(sorted(data, key=rank)[:math.ceil(round(fraction * len(data), 6))])
-    part = Dataset(data.name)
-    part.left_out = data.left_out
-    part.update((prompt, example) for prompt, example in data.items() if prompt in kept)
-    print(f"note: {data.name}: {len(part):,} of {len(data):,} training prompts, as fraction={fraction:g} asks",
-          file=sys.stderr)
+    part = data.part(sorted(range(len(data)), key=ranks.__getitem__)[:math.ceil(round(fraction * len(data), 6))])
+    note(f"note: {data.name}: {len(part):,} of {len(data):,} training prompts, as fraction={fraction:g} asks")
     return part
 
 
@@ -118,148 +127,52 @@ def load_datasets(config: "DictConfig", split: str) -> Dataset:
     for name in config.datasets:
         data.merge(load_dataset(name, split, markers, config.seed))
     if data.left_out:
-        print(f"note: {split}: left out {data.left_out.total():,} rows or pairs: "
-              + "; ".join(f"{count:,} because {why}" for why, count in data.left_out.items()), file=sys.stderr)
+        note(f"note: {split}: left out {data.left_out.total():,} rows or pairs: "
+             + "; ".join(f"{count:,} because {why}" for why, count in data.left_out.items()))
     return data
+
+
+def load_tokenised(config: "DictConfig", tokenizer: "PreTrainedTokenizerBase", split: str
+                   ) -> tuple[TokenStore, Counter[str]]:
+    """The data sets of a run with their token ids, and why rows were left out.
+
+    Files whose rows were tokenised before are not even parsed; what a function of the user gives is tokenised once.
+    """
+    folder, markers = Path(config.cache_dir).expanduser() / "tokens", Markers.from_config(config)
+
+    def key() -> str | None:
+        files = [_files_read(name) for name in config.datasets]
+        known = [file for each in files if each for file in each]
+        return key_of(config.datasets, known, split, markers, config.seed) if all(files) else None
+
+    before = key()
+    if before and (found := recalled(folder, before, tokenizer)):
+        return found[0], Counter(found[1].left_out)
+    with notes() as said:
+        data = load_datasets(config, split)
+    store = tokenised(data, tokenizer, folder)
+    if before and store.kept and before == key():  # or else a file was changed while it was read
+        remember(folder, before, Given(store.content, data.left_out, said))
+    return store, data.left_out
+
+
+def _files_read(name: str) -> list[Path] | None:
+    """The files that decide about what `name` gives, with the code. None: nobody knows what else does."""
+    source, _ = with_options(name)
+    base, _, path = source.partition(":")
+    if source.startswith(HUB) or (base in _getters() and _getters()[base] not in OF_THEIR_SOURCE):
+        return None
+    if base in _getters():
+        return data_files(path) if is_path(path) else None
+    return data_files(source) if is_path(source) else None
 
 
 # Loaders -------------------------------------------------------------------------------------------------------------
 
-class Row(NamedTuple):
-    """What a row of a batch is: generations of one example by their role (chosen, rejected), not yet tokenised."""
-
-    number: int  # of the example
-    roles: dict[str, int]  # role -> index of the generation
-    pair: int = -1  # index of the pair that it belongs to
-    control: str = ""  # a token of the vocabulary that stands at the end of the prompt
-
-
-class DataLoader:
-    """Batches of Groups, in an order that the seed fixes. A subclass says what a row is.
-
-    Owns shuffling, epochs, `n_examples`, limits and KL pairs. Iterating yields lists of `Group`s: `batch_size` rows
-    each, the last of an epoch fewer. `len()` is the number of rows over all epochs.
-    """
-
-    def rows(self, examples: list[tuple[int, Example]]) -> Iterator[Row]:
-        """The rows of (number, example) pairs, which come in shuffled order."""
-        raise NotImplementedError
-
-    def order(self, rows: list[Row], epoch: int) -> list[Row]:
-        """The rows as this epoch trains on them. An evaluation keeps the order of `rows`, and so pairs together."""
-        return self.generator(epoch).sample(rows, len(rows)) if self.split == "train" else rows
-
-    def generator(self, *stream: object) -> random.Random:
-        """Random numbers that depend on the seed, the split and `stream` alone."""
-        return random.Random("/".join(map(str, (self.config.seed, self.split, *stream))))
-
-    def __init__(self, config: "DictConfig", tokenizer: "PreTrainedTokenizerBase", split: str = "train", *,
-                 with_KL: bool = False, data: Dataset | None = None) -> None:
-        self.config, self.tokenizer, self.split, self.with_KL = config, tokenizer, split, with_KL
-        training = split == "train"
-        self.batch_size = config.model.batch_size if training else config.model.eval_batch_size
-        self.n_examples = config.n_examples if training else config.n_eval_examples
-        self.n_epochs = config.n_epochs if training else 1
-        if with_KL and self.batch_size < 2:
-            key = "model.batch_size" if training else "model.eval_batch_size"
-            raise UserError(f"{key}: got {self.batch_size}, allowed is 2 or more: this loss estimates its KL reference "
-                            "point on another example of the batch")
-        data = load_datasets(config, split) if data is None else data
-        self.examples = list(data.values())
-        self.left_out = Counter(data.left_out)  # why rows were left out, by the data set or here -> how many
-        examples = list(enumerate(self.examples))
-        self.generator("prompts").shuffle(examples)
-        self.epoch_rows = self._usable(list(self.rows(examples)))
-        if with_KL and min(len(self), len(self.epoch_rows)) < 2:
-            raise UserError(f"datasets: a single {split} row is too few: this loss estimates its KL reference point on "
-                            "another example of the batch")
-        if training and self.n_examples and self.n_epochs and len(self) < self.n_examples:
-            print(f"note: n_epochs={self.n_epochs} ends after {len(self):,} examples, before n_examples="
-                  f"{self.n_examples:,}; ++n_epochs=null goes on", file=sys.stderr)
-
-    def __len__(self) -> int:
-        ends = [end for end in (self.n_epochs and self.n_epochs * len(self.epoch_rows), self.n_examples) if end]
-        return min(ends or [len(self.epoch_rows)])
-
-    def __iter__(self) -> Iterator[list[Group]]:
-        for rows in self._batches():
-            groups = [self.group(row) for row in rows]
-            yield with_mismatched(groups, self.config.model.max_length) if self.with_KL else groups
-
-    def _batches(self) -> Iterator[list[Row]]:
-        """Where KL pairs are formed, a batch of a single row joins the one before it."""
-        left, epoch, held = len(self), 0, list[Row]()
-        while left:
-            rows = self.order(self.epoch_rows, epoch)[:left]
-            for start in range(0, len(rows), self.batch_size):
-                batch = rows[start:start + self.batch_size]
-                if self.with_KL and len(batch) == 1:
-                    held = held + batch
-                    continue
-                if held:
-                    yield held
-                held = batch
-            left, epoch = left - len(rows), epoch + 1
-        yield held
-
-    def _usable(self, rows: list[Row]) -> list[Row]:
-        """The rows that can be scored; what is left out is counted and said."""
-        self._tokenise(rows)
-        usable, left_out = [], Counter[str]()
-        for row in rows:
-            if obstacle := self._obstacle(row):
-                left_out[obstacle] += 1
-            else:
-                usable.append(row)
-        name, names = type(self).__name__, ", ".join(self.config.datasets)
-        reasons = "; ".join(f"{count:,} {why}" for why, count in left_out.items())
-        if not usable:
-            raise UserError(f"datasets: {names}: no {self.split} row for {name}"
-                            + (f" (left out: {reasons})" if reasons else ""))
-        if left_out:
-            print(f"note: {names}: left out {left_out.total():,} of {len(rows):,} {self.split} rows: {reasons}",
-                  file=sys.stderr)
-        if without := len(self.examples) - len({row.number for row in rows}):
-            print(f"note: {names}: {without:,} of {len(self.examples):,} {self.split} prompts have no row for {name}",
-                  file=sys.stderr)
-            left_out[f"prompts without a row for {name}"] = without
-        self.left_out.update(left_out)
-        return usable
-
-    def _tokenise(self, rows: list[Row]) -> None:
-        """Encode what the rows name, each text once."""
-        texts = list(dict.fromkeys((row.number, index) for row in rows for index in row.roles.values()))
-        encoded = encode(self.tokenizer, [self.examples[number].prompt for number, _ in texts],
-                         [self.examples[number].generations[index] for number, index in texts])
-        self.prompt_ids = {number: prompt for (number, _), (prompt, _) in zip(texts, encoded, strict=True)}
-        self.completion_ids = {text: completion for text, (_, completion) in zip(texts, encoded, strict=True)}
-        self._bos = int(starts_with_bos(self.tokenizer))
-
-    def _obstacle(self, row: Row) -> str:
-        group = self.group(row)
-        if not group.prompt:
-            return "with an empty prompt, after which no first token can be predicted"
-        if not all(group.completions.values()):
-            return f"whose prompt leaves no room for a completion in model.max_length={self.config.model.max_length}"
-        return ""
-
-    def group(self, row: Row) -> Group:
-        """The row's ids, cut to the limits. The prompt is cut once, if any of the row's own completions demands it."""
-        model, example = self.config.model, self.examples[row.number]
-        completions = {role: self.completion_ids[row.number, index] for role, index in row.roles.items()}
-        control = [control_id(self.tokenizer, row.control)] if row.control else []
-        prompt = cut_prompt(self.prompt_ids[row.number] + control, max(map(len, completions.values())),
-                            model.max_length, model.max_prompt_length, example.truncation_mode,
-                            head=self._bos, tail=len(control))
-        room = max(model.max_length - len(prompt), 0)
-        return Group(prompt, {role: ids[:room] for role, ids in completions.items()}, row.number, row.pair,
-                     example.weight(next(iter(row.roles.values()))))
-
-
 class SFTDataLoader(DataLoader):
     """One row a prompt: its SFT target."""
 
-    def rows(self, examples: list[tuple[int, Example]]) -> Iterator[Row]:
+    def rows(self, examples: Sequence[tuple[int, Example]]) -> Iterable[Row]:
         for number, example in examples:
             if (target := example.sft_target()) is not None:
                 yield Row(number, {"chosen": target})
@@ -268,7 +181,7 @@ class SFTDataLoader(DataLoader):
 class PairedPreferenceDataLoader(DataLoader):
     """One row a pair: its better and its worse generation."""
 
-    def rows(self, examples: list[tuple[int, Example]]) -> Iterator[Row]:
+    def rows(self, examples: Sequence[tuple[int, Example]]) -> Iterable[Row]:
         for number, example in examples:
             for pair, (better, worse) in enumerate(example.pairs):
                 yield Row(number, {"chosen": better, "rejected": worse}, pair)
@@ -280,10 +193,19 @@ class UnpairedPreferenceDataLoader(DataLoader):
     `frac_unique_desirable` and `frac_unique_undesirable` keep the first rows of their class, in shuffled prompt order.
     """
 
-    def rows(self, examples: list[tuple[int, Example]]) -> Iterator[Row]:
-        rows = self.keep_fractions([row for number, example in examples for row in self.unpaired(number, example)])
-        self.say_contradictions(rows)
-        return iter(rows)
+    def rows(self, examples: Sequence[tuple[int, Example]]) -> Iterable[Row]:
+        repeated = dict[tuple[int, int], int]()  # (number, index of a text that was there before) -> index of the first
+
+        def every() -> Iterator[Row]:
+            for number, example in examples:
+                if len(set(example.generations)) < len(example.generations):
+                    repeated.update({(number, index): example.generations.index(text)
+                                     for index, text in enumerate(example.generations)})
+                yield from self.unpaired(number, example)
+
+        rows = self.keep_fractions(every())
+        self.say_contradictions(rows, repeated)
+        return rows
 
     def unpaired(self, number: int, example: Example) -> Iterator[Row]:
         for pair, (better, worse) in enumerate(example.pairs):
@@ -293,30 +215,32 @@ class UnpairedPreferenceDataLoader(DataLoader):
             if label is not None:
                 yield Row(number, {"chosen" if label else "rejected": index})
 
-    def keep_fractions(self, every: list[Row]) -> list[Row]:
+    def keep_fractions(self, every: Iterable[Row]) -> RowTable:
         """Rows of one generation each, without those beyond their class's fraction; an evaluation keeps all."""
-        fractions = {"chosen": self.config.frac_unique_desirable, "rejected": self.config.frac_unique_undesirable}
-        total = Counter(map(class_of, every))
-        # Rounded, since 100 * 0.07 is a little more than 7.
-        left = {role: math.ceil(round(total[role] * fractions[role], 6)) if self.split == "train" else total[role]
-                for role in fractions}
-        kept = []
-        for row in every:
-            left[class_of(row)] -= 1
-            if left[class_of(row)] >= 0:
-                kept.append(row)
-        return kept
+        rows = RowTable.of(every)
+        if self.split != "train":
+            return rows
+        kept = np.ones(len(rows), bool)
+        for role, fraction in (("chosen", self.config.frac_unique_desirable),
+                               ("rejected", self.config.frac_unique_undesirable)):
+            mine = rows.of_class(role)
+            # Rounded, since 100 * 0.07 is a little more than 7.
+            kept &= ~mine | (np.cumsum(mine) <= math.ceil(round(int(mine.sum()) * fraction, 6)))
+        return rows.take(kept)
 
-    def say_contradictions(self, rows: list[Row]) -> None:
+    def say_contradictions(self, rows: RowTable, repeated: dict[tuple[int, int], int]) -> None:
         """Say how many completions are chosen in one row and rejected in another: the same text after one prompt."""
-        classes = dict[tuple[int, str], set[str]]()
-        for row in rows:
-            [(role, index)] = row.roles.items()
-            classes.setdefault((row.number, self.examples[row.number].generations[index]), set()).add(role)
-        both = sum(len(found) == 2 for found in classes.values())
+        if not len(rows):
+            return
+        texts = np.stack([rows.numbers, rows.indices[:, 0]], axis=1)
+        for place in np.flatnonzero(np.isin(rows.numbers, [number for number, _ in repeated])):
+            texts[place, 1] = repeated[texts[place, 0], texts[place, 1]]
+        different, text = np.unique(texts, axis=0, return_inverse=True)
+        chosen = rows.of_class("chosen")
+        both = len(np.intersect1d(text[chosen], text[~chosen]))
         if both:
-            print(f"note: {', '.join(self.config.datasets)}: {both:,} of {len(classes):,} {self.split} completions "
-                  f"({both / len(classes):.1%}) are chosen in one row and rejected in another", file=sys.stderr)
+            print(f"note: {', '.join(self.config.datasets)}: {both:,} of {len(different):,} {self.split} completions "
+                  f"({both / len(different):.1%}) are chosen in one row and rejected in another", file=sys.stderr)
 
 
 def class_of(row: Row) -> str:
@@ -331,7 +255,7 @@ class ConditionalSFTDataLoader(UnpairedPreferenceDataLoader):
     that `SFTTrainer` trains on it (Korbak et al., 2023, conditional training).
     """
 
-    def rows(self, examples: list[tuple[int, Example]]) -> Iterator[Row]:
+    def rows(self, examples: Sequence[tuple[int, Example]]) -> Iterable[Row]:
         tokens = {role: self.control_token(f"{role}_control_token") for role in ("chosen", "rejected")}
         if tokens["chosen"] == tokens["rejected"]:
             raise UserError(f"loss.rejected_control_token: got {tokens['rejected']!r}, which is the chosen one, too; "
@@ -354,11 +278,11 @@ class PrefUnaryDataLoader(UnpairedPreferenceDataLoader):
     Chosen and rejected come in turn over the shuffled prompts; those without a pair have no row.
     """
 
-    def rows(self, examples: list[tuple[int, Example]]) -> Iterator[Row]:
-        pairs = [(number, *example.pairs[0]) for number, example in examples if example.pairs]
-        return iter(self.keep_fractions([
+    def rows(self, examples: Sequence[tuple[int, Example]]) -> Iterable[Row]:
+        pairs = ((number, *example.pairs[0]) for number, example in examples if example.pairs)
+        return self.keep_fractions(
             Row(number, {"rejected": worse} if place % 2 else {"chosen": better}, pair=0)
-            for place, (number, better, worse) in enumerate(pairs)]))
+            for place, (number, better, worse) in enumerate(pairs))
 
 
 class ScoreUnaryDataLoader(UnpairedPreferenceDataLoader):
@@ -367,12 +291,12 @@ class ScoreUnaryDataLoader(UnpairedPreferenceDataLoader):
     Chosen and rejected come in turn over the shuffled prompts; those without scores, or with equal ones, have no row.
     """
 
-    def rows(self, examples: list[tuple[int, Example]]) -> Iterator[Row]:
-        apart = [(number, scores) for number, scores in ranked(examples) if len(set(scores.values())) > 1]
-        return iter(self.keep_fractions([
+    def rows(self, examples: Sequence[tuple[int, Example]]) -> Iterable[Row]:
+        apart = ((number, scores) for number, scores in ranked(examples) if len(set(scores.values())) > 1)
+        return self.keep_fractions(
             Row(number, {"rejected": min(scores, key=scores.__getitem__)} if place % 2 else
                 {"chosen": max(scores, key=scores.__getitem__)})
-            for place, (number, scores) in enumerate(apart)]))
+            for place, (number, scores) in enumerate(apart))
 
 
 class ScoreDataLoader(DataLoader):
@@ -381,28 +305,32 @@ class ScoreDataLoader(DataLoader):
     `Example.pairs` says only which way the scores go (see `ranked`); ties make no pair.
     """
 
-    def rows(self, examples: list[tuple[int, Example]]) -> Iterator[Row]:
+    def rows(self, examples: Sequence[tuple[int, Example]]) -> Iterable[Row]:
         for number, scores in ranked(examples):
             pairs = [(better, worse) for better, worse in permutations(scores, 2) if scores[better] > scores[worse]]
             for pair, (better, worse) in enumerate(pairs):
                 yield Row(number, {"chosen": better, "rejected": worse}, pair)
 
 
-def ranked(examples: list[tuple[int, Example]]) -> list[tuple[int, dict[int, float]]]:
+def ranked(examples: Sequence[tuple[int, Example]]) -> Iterator[tuple[int, dict[int, float]]]:
     """(number, generation -> its score, higher is better) of each example, for the generations that have a score.
 
     Scores are turned round for a data set in which the better of a pair mostly has the lower one, as where they are
     ranks; a data set without pairs is taken to score upwards.
     """
-    scored = [(number, example, {index: score for index, score in enumerate(example.scores) if not math.isnan(score)})
-              for number, example in examples]
     upwards = Counter[str]()
-    for _, example, scores in scored:
+    for _, example in examples:
+        scores = known_scores(example)
         for better, worse in example.pairs:
             if better in scores and worse in scores:
                 upwards[example.dataset_name] += ((scores[better] > scores[worse]) - (scores[better] < scores[worse]))
-    return [(number, {index: -score if upwards[example.dataset_name] < 0 else score
-                      for index, score in scores.items()}) for number, example, scores in scored]
+    for number, example in examples:
+        yield number, {index: -score if upwards[example.dataset_name] < 0 else score
+                       for index, score in known_scores(example).items()}
+
+
+def known_scores(example: Example) -> dict[int, float]:
+    return {index: score for index, score in enumerate(example.scores) if not math.isnan(score)}
 
 
 class SimpleKTODataLoader(UnpairedPreferenceDataLoader):
@@ -411,20 +339,12 @@ class SimpleKTODataLoader(UnpairedPreferenceDataLoader):
     What one class has more than the other comes at the end of the epoch, in batches without the other.
     """
 
-    def order(self, rows: list[Row], epoch: int) -> list[Row]:
-        ordered = super().order(rows, epoch)
-        chosen, rejected = ([row for row in ordered if class_of(row) == role] for role in ("chosen", "rejected"))
+    def order(self, rows: Sequence[Row], epoch: int) -> Sequence[Row]:
+        ordered = RowTable.of(super().order(rows, epoch))
+        chosen, rejected = (np.flatnonzero(ordered.of_class(role)) for role in ("chosen", "rejected"))
         both = min(len(chosen), len(rejected))
-        return [row for pair in zip(chosen, rejected, strict=False) for row in pair] + chosen[both:] + rejected[both:]
-
-
-def control_id(tokenizer: "PreTrainedTokenizerBase", token: str) -> int:
-    """The id of a control token. Errors: `UserError` where the tokenizer does not have it as one token."""
-    found: Any = tokenizer.convert_tokens_to_ids(token)
-    if found is None or tokenizer.convert_ids_to_tokens(found) != token:
-        raise UserError(f"control token {token!r}: the tokenizer has no such token; name it in "
-                        "loss.chosen_control_token or loss.rejected_control_token, which are added to it")
-    return found
+        in_turn = np.stack([chosen[:both], rejected[:both]], axis=1).flatten()
+        return ordered.take(np.concatenate([in_turn, chosen[both:], rejected[both:]]))
 
 
 def make_loader(config: "DictConfig", tokenizer: "PreTrainedTokenizerBase", split: str, *,

@@ -21,8 +21,8 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
     from dataloader import DataLoader, Example
+    from logp_store import CachedReference
     from policy import Policy
-    from reference import CachedReference
 
 
 def run(config: "DictConfig") -> None:
@@ -140,7 +140,7 @@ def target(example: "Example") -> str:
 def prompt_ids(examples: "list[Example]", tokenizer: "PreTrainedTokenizerBase", config: "DictConfig",
                token: str | None = None) -> list[list[int]]:
     """Each prompt's ids, cut to max_prompt_length (by ids) at the end that its data set says, and the control token."""
-    from dataloader import control_id
+    from batches import control_id
     from groups import cut_prompt, encode, starts_with_bos
 
     limit = min(config.model.max_prompt_length, config.model.max_length - 1)
@@ -187,6 +187,7 @@ def initial_reference(config: "DictConfig", roles: "Sequence[str]",
                       loader: "DataLoader") -> "Policy | CachedReference | None":
     """The reference: the policy before training. Where it is cached, no model of it is left when this returns."""
     import models
+    from budget import token_budget
     from policy import shares_prompts
     from reference import is_cached, prepare_reference
 
@@ -196,7 +197,7 @@ def initial_reference(config: "DictConfig", roles: "Sequence[str]",
     if not is_cached(config, roles):
         return models.make_reference(config, policy)
     share = bool(config.model.share_prompts) and shares_prompts(policy)
-    return prepare_reference(config, policy, roles, [loader], share)
+    return prepare_reference(config, policy, roles, [loader], token_budget(config, policy), share)
 
 
 def find_cache(config: "DictConfig", run: Path) -> None:

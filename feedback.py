@@ -1,18 +1,23 @@
 """What a data set holds: a prompt, what was answered to it, and what people thought of the answers."""
 
+import hashlib
+import json
 import math
 import re
+import sys
 from collections import Counter
-from collections.abc import Mapping
-from dataclasses import dataclass, field
+from collections.abc import Iterable, Iterator, Mapping, MutableMapping, ValuesView
+from dataclasses import dataclass, field, fields
 from typing import Any, NamedTuple
 
+from records import Records
 from utils import UserError
 
 Messages = list[dict[str, str]]
+OPEN = 8192  # examples of a data set that are objects in memory; the others are on disk
 
 
-@dataclass
+@dataclass(slots=True)
 class Example:
     """One prompt, what was answered to it, and what people thought of the answers.
 
@@ -79,22 +84,104 @@ def _extend(values: list[Any], index: int, more: list[Any], unknown: float | Non
         values += [unknown] * (index - len(values)) + more
 
 
-class Dataset(dict[str, Example]):
-    """Examples by prompt; `data[prompt]` makes an empty one on first use."""
+def pack(key: str, example: Example) -> bytes:
+    """A line of JSON: the key, and what the example holds."""
+    values = [key, *(getattr(example, name) for name in FIELDS)]
+    # "surrogatepass": half a character is no UTF-8, but JSON may hold it; the tokenizer decides about it.
+    return ENCODER.encode(values).encode("utf-8", "surrogatepass") + b"\n"
+
+
+def unpack(record: bytes) -> tuple[str, Example]:
+    key, *values = json.loads(record)
+    example = Example(*values)
+    example.pairs = [(better, worse) for better, worse in example.pairs]
+    return key, example
+
+
+FIELDS = tuple(each.name for each in fields(Example))
+LISTS = ("generations", "pairs", "scores", "desirable", "weights")
+ENCODER = json.JSONEncoder(ensure_ascii=False, separators=(",", ":"),
+                           default=lambda value: value.item())  # numbers of numpy and torch
+
+
+def references(entry: tuple[str, Example]) -> int:
+    """How often an example and its lists are referred to."""
+    _, example = entry
+    return sys.getrefcount(example) + sum(sys.getrefcount(getattr(example, name)) for name in LISTS)
+
+
+UNHELD = references(("", Example()))
+
+
+class Dataset(MutableMapping[str, Example]):
+    """Examples by prompt, in the order in which they came; `data[prompt]` makes an empty one on first use.
+
+    Only the last few thousand are objects in memory, besides those that somebody still refers to and may yet change;
+    the others are kept on disk, and read when they are asked for.
+    """
 
     def __init__(self, name: str) -> None:
-        super().__init__()
         self.name = name
         self.left_out: Counter[str] = Counter()  # why rows or pairs were left out -> how many
+        self.numbers: dict[bytes, int] = {}  # digest of a prompt -> number of its example
+        self.open: dict[int, tuple[str, Example]] = {}
+        self.closed: Records | None = None
+        self.most, self.made = OPEN, 0
 
-    def __missing__(self, prompt: str) -> Example:
-        example = self[prompt] = Example(prompt=prompt, dataset_name=self.name)
-        return example
+    def __getitem__(self, prompt: str) -> Example:
+        number = self.numbers.get(digest(prompt))
+        if number is None:
+            example = self[prompt] = Example(prompt=prompt, dataset_name=self.name)
+            return example
+        return self.example(number)
+
+    def __setitem__(self, prompt: str, example: Example) -> None:
+        number = self.numbers.setdefault(digest(prompt), self.made)
+        self.made = max(self.made, number + 1)
+        self._keep_open(number, (prompt, example))
+
+    def __delitem__(self, prompt: str) -> None:
+        if prompt not in self:
+            raise KeyError(prompt)
+        self.open.pop(self.numbers.pop(digest(prompt)), None)
+
+    def __contains__(self, prompt: object) -> bool:
+        return isinstance(prompt, str) and digest(prompt) in self.numbers
+
+    def get(self, prompt: str, default: Any = None) -> Any:
+        return self[prompt] if prompt in self else default  # noqa: SIM401 (which would call itself)
+
+    def __iter__(self) -> Iterator[str]:
+        return (unpack(record)[0] for record in self.records())
+
+    def __len__(self) -> int:
+        return len(self.numbers)
+
+    def values(self) -> ValuesView[Example]:
+        return Examples(self)
+
+    def records(self) -> Iterator[bytes]:
+        """Every example as it is now, packed."""
+        for number in self.numbers.values():
+            if number in self.open:
+                yield pack(*self.open[number])
+            else:
+                assert self.closed is not None
+                yield self.closed[number]
+
+    def part(self, places: Iterable[int]) -> "Dataset":
+        """The examples at these places, in their order."""
+        wanted, part = set(places), Dataset(self.name)
+        part.left_out = self.left_out
+        for place, record in enumerate(self.records()):
+            if place in wanted:
+                key, part[key] = unpack(record)
+        return part
 
     def merge(self, other: "Dataset") -> None:
         """Take over the other's examples; those of a prompt that both have are added to ours."""
         self.left_out.update(other.left_out)
-        for prompt, theirs in other.items():
+        for prompt, theirs in map(unpack, other.records()):
             if prompt not in self:
                 self[prompt] = theirs
                 continue
@@ -107,6 +194,46 @@ class Dataset(dict[str, Example]):
             _extend(ours.desirable, shift, theirs.desirable, None)
             _extend(ours.scores, shift, theirs.scores, math.nan)
             _extend(ours.weights, shift, theirs.weights, 1.0)
+
+    def example(self, number: int) -> Example:
+        if number in self.open:
+            return self.open[number][1]
+        assert self.closed is not None
+        key, example = unpack(self.closed[number])
+        self._keep_open(number, (key, example))
+        return example
+
+    def _keep_open(self, number: int, entry: tuple[str, Example]) -> None:
+        self.open[number] = entry
+        if len(self.open) > self.most:
+            self._close_unheld()
+
+    def _close_unheld(self) -> None:
+        """Write what nobody else refers to; the rest stays, since it may be changed through what refers to it."""
+        if self.closed is None:
+            self.closed = Records()
+        for number in list(self.open):
+            if references(self.open[number]) > UNHELD:
+                continue
+            record = pack(*self.open.pop(number))
+            while len(self.closed) <= number:
+                self.closed.append(b"")
+            if self.closed[number] != record:
+                self.closed[number] = record
+        self.most = max(OPEN, 2 * len(self.open))
+
+
+class Examples(ValuesView[Example]):
+    """Those of a `Dataset`, without a look-up of each prompt."""
+
+    _mapping: Dataset
+
+    def __iter__(self) -> Iterator[Example]:
+        return (self._mapping.example(number) for number in self._mapping.numbers.values())
+
+
+def digest(text: str) -> bytes:
+    return hashlib.blake2b(text.encode("utf-8", "surrogatepass"), digest_size=16).digest()
 
 
 def fold_spaces(text: str) -> str:

@@ -26,7 +26,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
     from dataloader import DataLoader
-    from reference import CachedReference
+    from logp_store import CachedReference
 
 Batch = list[Group]
 Result = TypeVar("Result")

@@ -11,6 +11,8 @@ from collections import Counter
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
+import numpy as np
+
 from groups import Group, Ids
 from settings import entry_point
 
@@ -18,7 +20,7 @@ if TYPE_CHECKING:
     from omegaconf import DictConfig
     from transformers import PreTrainedTokenizerBase
 
-    from dataloader import DataLoader, Row
+    from dataloader import DataLoader
 
 SHOWN, LONGEST = 3, 160  # rows that are printed, and tokens of a text beyond which its middle is left out
 DIM, GREEN, CYAN, RESET = "\x1b[2m", "\x1b[32m", "\x1b[36m", "\x1b[0m"
@@ -43,32 +45,36 @@ def run(config: "DictConfig") -> None:
 
 def summary(loader: "DataLoader") -> str:
     """A line for each thing to know about a split; lengths are those before any cut."""
-    model, rows, examples = loader.config.model, loader.epoch_rows, loader.examples
-    labels = Counter(label for example in examples for label in example.desirable)
-    kinds = Counter(map(kind, rows))
-    groups = [loader.group(row) for row in rows]
-    prompts_cut = sum(len(group.prompt) < len(loader.prompt_ids[row.number]) + bool(row.control)
-                      for group, row in zip(groups, rows, strict=True))
-    texts = [(row.number, index) for row in rows for index in row.roles.values()]
-    kept = [len(ids) for group in groups for ids in group.completions.values()]
-    completions_cut = sum(n < len(loader.completion_ids[text]) for n, text in zip(kept, texts, strict=True))
+    rows, examples = loader.epoch_rows, loader.examples
+    of_prompts = examples.prompt_lengths(np.unique(rows.numbers).astype(np.int64))
+    pairs, labels = 0, Counter[bool | None]()
+    for example in examples:
+        pairs += len(example.pairs)
+        labels.update(example.desirable)
+    prompts, kept, completions = loader.lengths(rows)
+    filled = rows.filled[rows.kind]
+    cut = filled & (completions > loader.max_length - kept[:, None])
+    texts = np.stack([np.broadcast_to(rows.numbers[:, None], filled.shape)[filled], rows.indices[filled]], axis=1)
+    _, different = np.unique(texts, axis=0, return_index=True)
+    kinds = Counter({kind(*found): int(count) for found, count in
+                     zip(rows.kinds, np.bincount(rows.kind, minlength=len(rows.kinds)), strict=True) if count})
     lines = {
         "prompts": f"{len(examples):,}",
-        "pairs": f"{sum(len(example.pairs) for example in examples):,}",
+        "pairs": f"{pairs:,}",
         "labels": f"{labels[True]:,} good, {labels[False]:,} bad",
         "rows": f"{len(rows):,} an epoch ({', '.join(f'{count:,} {name}' for name, count in sorted(kinds.items()))}), "
                 f"{len(loader):,} in all, {loader.batch_size:,} a batch",
-        "prompt": f"{lengths([len(loader.prompt_ids[number]) for number in dict(texts)])}; "
-                  f"{prompts_cut:,} of {len(rows):,} cut to model.max_prompt_length={model.max_prompt_length}",
-        "completion": f"{lengths([len(loader.completion_ids[text]) for text in dict.fromkeys(texts)])}; "
-                      f"{completions_cut:,} of {len(texts):,} cut by model.max_length={model.max_length}",
+        "prompt": f"{lengths(of_prompts.tolist())}; {(kept < prompts).sum():,} of {len(rows):,} cut to "
+                  f"model.max_prompt_length={loader.max_prompt_length}",
+        "completion": f"{lengths(completions[filled][different].tolist())}; "
+                      f"{cut.sum():,} of {filled.sum():,} cut by model.max_length={loader.max_length}",
         "left out": "; ".join(f"{count:,} {why}" for why, count in loader.left_out.items()) or "nothing"}
     return "\n".join([f"{loader.split}: {type(loader).__name__}",
                       *(f"  {name:<12}{line}" for name, line in lines.items())])
 
 
-def kind(row: "Row") -> str:
-    return " + ".join(row.roles) + (f" after {row.control}" if row.control else "")
+def kind(roles: Sequence[str], control: str) -> str:
+    return " + ".join(roles) + (f" after {control}" if control else "")
 
 
 def lengths(values: Sequence[int]) -> str:

@@ -12,10 +12,10 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from arguments import TRAINED, Argument, Losses, couples_examples, exchanged, read_arguments
+from logp_store import CachedReference
 from loop import BasicTrainer, Batch
 from metrics import Metrics
 from policy import Found, Policy, by_item, score
-from reference import CachedReference
 from sequences import cut_into_microbatches
 from settings import OPTIONS
 from utils import UserError

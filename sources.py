@@ -4,6 +4,7 @@ A file is JSON (a list of rows), JSON Lines, either of them gzipped, or Parquet.
 `train.*` and `test.*`. `hf:org/name` is any set on the Hub. Reading draws on no random state.
 """
 
+import contextlib
 import gzip
 import hashlib
 import json
@@ -23,9 +24,37 @@ HUB = "hf:"
 HUB_OPTIONS = ("config", "split", "test_split", "revision")
 
 
+NOTES: list[list[str]] = []  # of those who want to know what is said
+
+
+def note(text: str) -> None:
+    """Say something about the data, to the user and to whoever is collecting `notes`."""
+    print(text, file=sys.stderr)
+    for said in NOTES:
+        said.append(text)
+
+
+@contextlib.contextmanager
+def notes() -> Iterator[list[str]]:
+    """Context whose list holds what is said meanwhile."""
+    said = list[str]()
+    NOTES.append(said)
+    try:
+        yield said
+    finally:
+        NOTES.pop()
+
+
 def is_path(name: str) -> bool:
     """Whether `name` means a file or a folder, not a function of dataloader.py nor a set on the Hub."""
     return name.endswith(ENDINGS) or name.startswith(("/", "./", "../", "~")) or Path(name).is_dir()
+
+
+def data_files(source: str) -> list[Path]:
+    """Every file that may hold rows of this file or folder."""
+    path = Path(source).expanduser()
+    inside = sorted(path.iterdir()) if path.is_dir() else [path]
+    return [file for file in inside if file.name.endswith(ENDINGS) and file.is_file()]
 
 
 def with_options(name: str) -> tuple[str, dict[str, str]]:
@@ -51,13 +80,22 @@ def read_rows(source: str, split: str, *, own_split: str | None = None, data_dir
     """
     path = Path(source).expanduser()
     if not is_path(source):
-        yield from _hub_rows(source, own_split or split, data_dir, file)
+        rows = _hub_rows(source, own_split or split, data_dir, file)
     elif path.is_dir():
-        yield from _file_rows(_split_file(path, split, own_split))
+        rows = _file_rows(_split_file(path, split, own_split))
     elif path.is_file():
-        yield from _rows_of_split(path, list(_file_rows(path)), split, own_split, whole)
+        rows = _rows_of_split(path, split, own_split, whole)
     else:
         raise UserError(f"datasets: no file or folder {path}")
+    yield from _watched(rows, source)
+
+
+def _watched(rows: Iterable[tuple[str, Row]], source: str) -> Iterator[tuple[str, Row]]:
+    """The rows, with a bar of progress once that takes a while."""
+    from tqdm import tqdm
+
+    with tqdm(rows, desc=f"read {source[-40:]}", unit="row", disable=None, delay=1) as bar:
+        yield from bar
 
 
 def read_hub(name: str, split: str, options: Mapping[str, str]) -> Iterator[tuple[str, Row]]:
@@ -80,7 +118,7 @@ def read_hub(name: str, split: str, options: Mapping[str, str]) -> Iterator[tupl
                         f"name it, as in '{HUB}{name}?split={next(iter(parts))}' (has {', '.join(parts)})")
     part = held_out if split == "test" and held_out else own
     rows = ((f"{HUB}{name}[{part}] row {number}", dict(row)) for number, row in enumerate(parts[part]))
-    yield from rows if held_out else _without_held_out(f"{HUB}{name} has no test split", list(rows), split)
+    yield from _watched(rows if held_out else _without_held_out(f"{HUB}{name} has no test split", rows, split), name)
 
 
 def _own_split(name: str, parts: list[str], split: str) -> str | None:
@@ -181,23 +219,34 @@ def _parsed(text: str, path: Path, first_line: int, hint: str = "") -> Any:
                         f"{hint}") from None
 
 
-def _rows_of_split(path: Path, rows: list[tuple[str, Row]], split: str, own_split: str | None,
-                   whole: bool) -> Iterable[tuple[str, Row]]:
+def _rows_of_split(path: Path, split: str, own_split: str | None, whole: bool) -> Iterator[tuple[str, Row]]:
     """A `split` column decides; without one a tenth of the prompts, by their hash, is the test split."""
-    if any("split" in row for _, row in rows):
-        chosen = [(place, row) for place, row in rows if own_split is not None and row.get("split") == own_split]
-        chosen = chosen or [(place, row) for place, row in rows if _split_of(place, row) == split]
-        if not chosen:
-            raise UserError(f"datasets: {path} has no row whose split is {split!r}")
-        return chosen
-    return rows if whole else _without_held_out(f"{path} has no split column", rows, split)
+    named = own = False
+    for _, row in _file_rows(path):  # read twice, since a file may be larger than memory
+        named = named or "split" in row
+        own = own or (own_split is not None and row.get("split") == own_split)
+    rows = _file_rows(path)
+    if not named:
+        yield from rows if whole else _without_held_out(f"{path} has no split column", rows, split)
+        return
+    empty = True
+    for place, row in rows:
+        if row.get("split") == own_split if own else _split_of(place, row) == split:
+            empty = False
+            yield place, row
+    if empty:
+        raise UserError(f"datasets: {path} has no row whose split is {split!r}")
 
 
-def _without_held_out(what: str, rows: list[tuple[str, Row]], split: str) -> list[tuple[str, Row]]:
-    chosen = [(place, row) for place, row in rows if _is_held_out(row) == (split == "test")]
-    print(f"note: {what}: {len(chosen):,} of {len(rows):,} rows are its {split} split "
-          f"({HELD_OUT:.0%} of the prompts, by hash, are held out)", file=sys.stderr)
-    return chosen
+def _without_held_out(what: str, rows: Iterable[tuple[str, Row]], split: str) -> Iterator[tuple[str, Row]]:
+    chosen = total = 0
+    for place, row in rows:
+        total += 1
+        if _is_held_out(row) == (split == "test"):
+            chosen += 1
+            yield place, row
+    note(f"note: {what}: {chosen:,} of {total:,} rows are its {split} split ({HELD_OUT:.0%} of the prompts, by hash, "
+         "are held out)")
 
 
 def _split_of(place: str, row: Row) -> str:

@@ -46,7 +46,8 @@ def run(config: "DictConfig") -> None:
     trainer = trainer_class(config, policy, live, tokenizer, train_loader, eval_loader, folder,
                             budget=token_budget(config, policy), share=share)
     # After the trainer, which tries the loss out: a mistake in it shows before the reference scores all the data.
-    trainer.reference = prepare_reference(config, policy if cached else live, roles, [train_loader, eval_loader], share)
+    trainer.reference = prepare_reference(config, policy if cached else live, roles, [train_loader, eval_loader],
+                                          trainer.budget, share)
     if (folder / "LATEST").exists():
         print(f"note: {folder} has a run already: this one starts anew, and its first checkpoint replaces LATEST",
               file=sys.stderr)

@@ -119,7 +119,8 @@ def ours(job: Job) -> None:
     live = None if cached else models.make_reference(config, policy)
     trainer = trainer_class(config, policy, live, models.load_tokenizer(config), loader, loader,
                             Path(job["folder"]), budget=token_budget(config, policy), share=share)
-    trainer.reference = prepare_reference(config, policy if cached else live, roles, [loader, loader], share)
+    trainer.reference = prepare_reference(config, policy if cached else live, roles, [loader, loader],
+                                          trainer.budget, share)
     trainer.prepare_optimizer()
     shape = Shape.of(policy.lm.config)
 

@@ -28,11 +28,12 @@ sys.path[:0] = [str(REPOSITORY), str(REPOSITORY / "tests")]
 from toys import toy_config, toy_policy  # noqa: E402  (the paths above come first)
 
 import models  # noqa: E402
-from budget import MOST  # noqa: E402
+from budget import MOST, token_budget  # noqa: E402
 from dataloader import DataLoader, make_loader  # noqa: E402
 from groups import Group  # noqa: E402
+from logp_store import CachedReference  # noqa: E402
 from policy import Policy  # noqa: E402
-from reference import CachedReference, live, prepare_reference  # noqa: E402
+from reference import live, prepare_reference  # noqa: E402
 from sequences import Rows  # noqa: E402
 
 Batches = list[list[Group]]
@@ -104,7 +105,7 @@ def padding(batches: Batches, budget: int) -> float:
 
 
 def filled(config: DictConfig, model: Policy, *loaders: Any) -> CachedReference:
-    found: Any = prepare_reference(config, model, ROLES, loaders, True)
+    found: Any = prepare_reference(config, model, ROLES, loaders, token_budget(config, model), True)
     return found
 
 

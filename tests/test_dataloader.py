@@ -17,6 +17,7 @@ from toy_rows import CUSTOM, PAIRED, SINGLE, folder, say
 from toy_tokenizers import BUILDERS, CHATML, DEFAULT, toy_tokenizer
 from toys import toy_config
 
+import batches
 import dataloader
 from dataloader import (
     ConditionalSFTDataLoader,
@@ -339,6 +340,95 @@ def test_a_row_left_alone_by_n_examples_joins_the_last_batch_of_the_epoch_before
     assert all("KL" in group.completions for batch in batches for group in batch)
 
 
+# Beginning inside a run -----------------------------------------------------------------------------------------------
+
+@pytest.mark.parametrize("with_KL", [False, True])
+@pytest.mark.parametrize("n, n_epochs, n_examples", [(10, 3, None), (9, 3, None), (10, None, 11), (9, 3, 20),
+                                                     (5, 2, None)])
+@every_kind
+def test_a_run_can_begin_at_any_batch_and_goes_on_as_if_it_had_not(kind: str, n: int, n_epochs: int | None,
+                                                                  n_examples: int | None, with_KL: bool) -> None:
+    """Over epochs that end in a batch of one, which joins the one before it where KL pairs are formed."""
+    made = loader(kind, pairs(n), with_KL=with_KL, n_epochs=n_epochs, n_examples=n_examples)
+    whole = list(made)
+    starts = [sum(map(len, whole[:place])) for place in range(len(whole) + 1)]
+    for place, start in enumerate(starts):
+        assert list(made.batches(start)) == whole[place:]
+    for inside in set(range(starts[-1])) - set(starts):
+        with pytest.raises(UserError, match=rf"no batch of \w+ begins after {inside} examples, one does after "):
+            next(made.batches(inside))
+
+
+def test_batches_before_the_beginning_are_not_built(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of 25 batches and three epochs the last batch alone is asked for: four groups, and one epoch's order."""
+    made = loader("paired", pairs(100), n_epochs=3)
+    group, order, built = made.group, made.order, list[Any]()
+    monkeypatch.setattr(made, "group", lambda row: built.append(row) or group(row))
+    monkeypatch.setattr(made, "order", lambda rows, epoch: built.append(epoch) or order(rows, epoch))
+    [last] = made.batches(296)
+    assert (len(last), len(built), built[0]) == (4, 5, 2)
+
+
+def test_an_order_that_loses_rows_is_refused() -> None:
+    class Lossy(PairedPreferenceDataLoader):
+        def order(self, rows: Sequence[Row], epoch: int) -> Sequence[Row]:
+            return list(super().order(rows, epoch))[1:]
+
+    with pytest.raises(AssertionError, match=r"Lossy.order\(\) lost rows"):
+        list(Lossy(toy_config(), toy_tokenizer("byte-bpe"), data=pairs(8)))
+
+
+@pytest.mark.parametrize("index", [2, -1])
+def test_a_row_that_names_a_generation_that_is_not_there_is_said(index: int) -> None:
+    class Wrong(DataLoader):
+        def rows(self, examples: Any) -> Any:
+            return [Row(number, {"chosen": index if number == 3 else 0}) for number, _ in examples]
+
+    with pytest.raises(IndexError, match=f"Wrong: a row names generation {index} of example 3, which has 2"):
+        Wrong(toy_config(), toy_tokenizer("byte-bpe"), data=pairs(8))
+
+
+def test_rows_of_one_loader_may_differ_in_their_roles() -> None:
+    """A pair, the worse side first, and the worse side alone, in turn; the order of the roles is kept."""
+    class Mixed(DataLoader):
+        def rows(self, examples: Any) -> Any:
+            return (Row(number, {"rejected": 1, "chosen": 0} if number % 2 else {"chosen": 1})
+                    for number, _ in examples)
+
+    found = {group.key: {role: toy_tokenizer("byte-bpe").decode(ids[:-1]) for role, ids in group.completions.items()}
+             for batch in Mixed(toy_config(), toy_tokenizer("byte-bpe"), data=pairs(6)) for group in batch}
+    assert found == {number: {"rejected": f"bad {number} 0", "chosen": f"good {number} 0"} if number % 2 else
+                     {"chosen": f"bad {number} 0"} for number in range(6)}
+
+
+# What stands for all of it -------------------------------------------------------------------------------------------
+
+def test_a_fingerprint_is_that_of_the_same_data_in_the_same_order() -> None:
+    """It changes with whatever changes a batch, and with nothing else."""
+    def found(data: Dataset, kind: str = "paired", split: str = "train", tokenizer: str = "byte-bpe", **options: Any
+              ) -> str:
+        return loader(kind, data, split, tokenizer=tokenizer, **options).fingerprint
+
+    base = found(pairs(8))
+    assert found(pairs(8)) == base == found(pairs(8), lr=1.0, model__eval_batch_size=3)
+    other = pairs(8)
+    other["Question 3?"].truncation_mode = "keep_start"
+    overrides: list[dict[str, Any]] = [{"seed": 2}, {"model__batch_size": 3}, {"n_examples": 5}, {"n_epochs": 2},
+                                       {"model__max_length": 63}, {"model__max_prompt_length": 31}]
+    changed = [found(pairs(9)), found(other), found(pairs(8), "unpaired"), found(pairs(8), "sft"),
+               found(pairs(8), split="test"), found(pairs(8), tokenizer="chatml"), found(pairs(8), with_KL=True),
+               *(found(pairs(8), **each) for each in overrides)]
+    assert len({base, *changed}) == 1 + len(changed)
+
+
+def test_a_loader_of_other_code_has_no_fingerprint() -> None:
+    class Mine(PairedPreferenceDataLoader):
+        pass
+
+    assert hasattr(PairedPreferenceDataLoader(toy_config(), toy_tokenizer("byte-bpe"), data=pairs(4)), "fingerprint")
+    assert not hasattr(Mine(toy_config(), toy_tokenizer("byte-bpe"), data=pairs(4)), "fingerprint")
+
+
 # Law 7 through a loader ----------------------------------------------------------------------------------------------
 
 @pytest.mark.parametrize("split", ["train", "test"])
@@ -587,7 +677,7 @@ def test_good_and_bad_completions_are_imitated_each_after_the_token_of_its_class
     made = conditional(data)
     groups = [group for batch in made for group in batch]
     assert sorted(written(made, group) for group in groups) == ["^ab+yes$", "^ab-no$", "^cd+ok$", "^cd-ko$"]
-    tokens = {dataloader.control_id(made.tokenizer, token) for token in ("<|good|>", "<|bad|>")}
+    tokens = {batches.control_id(made.tokenizer, token) for token in ("<|good|>", "<|bad|>")}
     assert all(group.prompt[-1] in tokens and not tokens & set(group.completions["chosen"]) for group in groups)
 
 
@@ -623,7 +713,7 @@ def test_control_tokens_that_cannot_be_used_are_said_by_their_key(overrides: dic
 @pytest.mark.parametrize("kind", ["letters", "pieces"])  # one that knows every byte, one with an <unk>
 def test_an_unknown_token_is_not_taken_for_another(kind: str) -> None:
     with pytest.raises(UserError, match="the tokenizer has no such token"):
-        dataloader.control_id(toy_tokenizer(kind), "<|good|>")
+        batches.control_id(toy_tokenizer(kind), "<|good|>")
 
 
 # One row a prompt, and scores ----------------------------------------------------------------------------------------

@@ -5,6 +5,7 @@ import math
 import pytest
 from toy_rows import CUSTOM, say, system
 
+import feedback
 from feedback import Dataset, Example, Messages, fold_spaces
 from utils import UserError
 
@@ -129,6 +130,74 @@ def test_merging_takes_the_other_sft_target_where_ours_has_only_bad_ones(theirs:
     ours.merge(other)
     target = ours["p"].sft_target()
     assert target is not None and ours["p"].generations[target] == "good"
+
+
+# Examples on disk ----------------------------------------------------------------------------------------------------
+
+@pytest.fixture
+def few_open(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Two examples, besides those in use, are objects in memory."""
+    monkeypatch.setattr(feedback, "OPEN", 2)
+
+
+def hundred() -> Dataset:
+    data = Dataset("hundred")
+    for number in range(100):
+        data[f"p{number}"].add_pair(f"good {number}", "bad")
+    return data
+
+
+def test_few_examples_are_in_memory_and_all_are_as_they_were(few_open: None) -> None:
+    data = hundred()
+    assert len(data.open) <= 5
+    assert list(data) == [f"p{number}" for number in range(100)] and len(data) == 100
+    assert [tuple(example.generations) for example in data.values()] == [(f"good {n}", "bad") for n in range(100)]
+    assert [(prompt, *example.pairs) for prompt, example in data.items()] == [(f"p{n}", (0, 1)) for n in range(100)]
+    assert len(data.open) <= 5
+    assert "p7" in data and "q" not in data and data.get("q") is None and len(data) == 100
+
+
+def test_what_somebody_holds_may_be_changed_at_any_time(few_open: None) -> None:
+    """An example, or one of its lists, that is referred to while a hundred others come and go."""
+    data = Dataset("mine")
+    held, scores = data["held"], data["scores"].scores
+    data.merge(hundred())
+    held.add_labelled("late", True)
+    scores.append(1.0)
+    assert len(data.open) <= 10 and data != hundred()
+    assert data["held"] is held and data["held"].generations == ["late"] and data["scores"].scores == [1.0]
+
+
+def test_what_is_changed_in_passing_stays_changed(few_open: None) -> None:
+    data = hundred()
+    for number, example in enumerate(data.values()):
+        example.pairs = example.pairs[:number % 2]
+    for number in range(0, 100, 3):
+        data[f"p{number}"].sft_index = 1
+    assert [len(example.pairs) for example in data.values()] == [0, 1] * 50
+    assert [example.sft_index for example in data.values()] == [1 if n % 3 == 0 else None for n in range(100)]
+
+
+def test_examples_are_replaced_deleted_and_come_again_at_the_end(few_open: None) -> None:
+    data = hundred()
+    data["p3"] = Example("other", ["x"])
+    for number in range(10, 100):
+        del data[f"p{number}"]
+    data["p20"].add("again")
+    assert list(data) == [*(f"p{n}" for n in range(10)), "p20"]
+    assert (data["p3"].prompt, data["p3"].generations, data["p20"].generations) == ("other", ["x"], ["again"])
+    assert data != hundred() and hundred() == hundred()
+    with pytest.raises(KeyError, match="p50"):
+        del data["p50"]
+
+
+def test_merging_and_parts_are_the_same_with_few_in_memory(few_open: None) -> None:
+    data, other = hundred(), hundred()
+    other["new"].add_labelled("yes", True)
+    data.merge(other)
+    assert [example.num_generations() for example in data.values()] == [4] * 100 + [1]
+    assert list(data.part([5, 2, 100])) == ["p2", "p5", "new"] and data.part([2])["p2"].pairs == [(0, 1), (2, 3)]
+    assert len(data.open) <= 5 and len(other.open) <= 5
 
 
 # Markers -------------------------------------------------------------------------------------------------------------

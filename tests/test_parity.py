@@ -18,10 +18,11 @@ from torch import Tensor
 from toys import toy_config, toy_groups, toy_lm
 
 from groups import with_mismatched
+from logp_store import CachedReference
 from loop import BasicTrainer, Batch
 from losses.ppo import PPOTrainer
 from policy import Policy
-from reference import CachedReference, fill_cache
+from reference import fill_cache
 from scoring import LossTrainer
 from trainers import find_trainer
 from utils import REPOSITORY

@@ -27,12 +27,14 @@ from toys import toy_config, toy_groups, toy_lm, toy_policy
 from transformers import AutoModelForCausalLM
 
 import eval as evaluation
+import logp_store
 import models
 import reference
 import train
 from groups import Group, Ids, with_mismatched
+from logp_store import FILE, CachedReference, fingerprint
 from policy import DTYPES, Policy, score
-from reference import CHECKED, FILE, CachedReference, fill_cache, fingerprint, gathered, prepare_reference
+from reference import CHECKED, fill_cache, gathered, prepare_reference
 from sequences import Rows
 from utils import REPOSITORY, UserError
 
@@ -128,7 +130,7 @@ def test_in_bfloat16_the_log_probs_are_kept_in_float32_and_pass_the_check_in_oth
     model = Policy(toy_lm(dtype=stored), dtype=computed)
     batches = make_batches()
     fill(model, batches, tmp_path).close()
-    monkeypatch.setattr(reference, "surroundings", lambda device: 1)
+    monkeypatch.setattr(logp_store, "surroundings", lambda device: 1)
     cache = fill(model, batches, tmp_path, budget=1, share=False)
     assert {value.dtype for value in cache.scored(batches[0], ROLES)["token_logps"].values()} == {torch.float32}
     cache.close()
@@ -253,6 +255,37 @@ def test_progress_is_shown_in_examples_and_by_the_ids_that_are_scored(tmp_path: 
     assert held == 7 or all(0 <= step <= 1 for _, steps in shown for step in steps)
 
 
+def forward_within(limit: int, patch: Patch) -> None:
+    """A machine that has no memory for more than `limit` padded ids in a pass."""
+    forward = Policy.forward
+
+    def limited(self: Policy, rows: Rows, *args: Any) -> dict[str, Tensor]:
+        if rows.input_ids.numel() > limit:
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 MiB.")
+        return forward(self, rows, *args)
+
+    patch.setattr(Policy, "forward", limited)
+
+
+def test_what_does_not_fit_in_memory_is_scored_in_smaller_microbatches(tmp_path: Path, monkeypatch: Patch) -> None:
+    """The same values as with room for all; no row of one completion is longer than 25."""
+    model, batches = toy_policy(), make_batches()
+    roomy = fill(model, batches, tmp_path / "roomy")
+    forward_within(25, monkeypatch)
+    tight = fill(model, batches, tmp_path / "tight")
+    for batch in batches:
+        expected, found = (cache.scored(batch, ROLES)["token_logps"] for cache in (roomy, tight))
+        assert found.keys() == expected.keys()
+        for key, values in found.items():
+            torch.testing.assert_close(values, expected[key], rtol=0, atol=1e-12)
+
+
+def test_a_completion_that_does_not_fit_in_memory_is_an_error(tmp_path: Path, monkeypatch: Patch) -> None:
+    forward_within(3, monkeypatch)
+    with pytest.raises(UserError, match="model.max_length: memory ran out while .* a single completion of"):
+        fill(toy_policy(), make_batches(), tmp_path)
+
+
 def test_more_than_may_be_held_is_scored_in_parts_and_once(tmp_path: Path, calls: Calls, monkeypatch: Patch) -> None:
     """36 texts and those of the first batch again, at most 10 at a time: 4 or 5 parts, by prompt."""
     monkeypatch.setattr(reference, "HELD", 10)
@@ -323,7 +356,7 @@ def test_a_reference_that_differs_in_anything_that_matters_is_another(name: str,
     assert fingerprint(other) != expected
 
 
-@pytest.mark.parametrize("name", ["torch.__version__", "transformers.__version__", "reference.SCORING"])
+@pytest.mark.parametrize("name", ["torch.__version__", "transformers.__version__", "logp_store.SCORING"])
 def test_other_versions_get_entries_of_their_own(monkeypatch: Patch, name: str) -> None:
     before = fingerprint(toy_policy())
     monkeypatch.setattr(name, "2")
@@ -407,7 +440,7 @@ def test_after_a_change_of_the_code_that_scores_four_entries_are_scored_again_an
     change(tmp_path, "UPDATE entries SET crc = ?, logps = ? WHERE key = ?", *entry(cache, logps * factor), key)
     cache.close()
     calls.clear()
-    monkeypatch.setattr(reference, "surroundings", lambda device: 1)
+    monkeypatch.setattr(logp_store, "surroundings", lambda device: 1)
     if refused:
         for _ in range(2):
             with pytest.raises(UserError, match=f"{FILE}: an entry is off by .*delete it"):
@@ -499,7 +532,7 @@ def test_a_full_disk_is_an_error_that_keeps_what_was_written(tmp_path: Path) -> 
 
 
 def test_a_lock_that_another_run_never_gives_back_is_an_error(tmp_path: Path, monkeypatch: Patch) -> None:
-    monkeypatch.setattr(reference, "PATIENCE", 0.1)
+    monkeypatch.setattr(logp_store, "PATIENCE", 0.1)
     fill(toy_policy(), make_batches(), tmp_path).close()
     other = sqlite3.connect(tmp_path / FILE, isolation_level=None)
     other.execute("BEGIN IMMEDIATE")
@@ -651,7 +684,7 @@ class Loader:
 
 def prepare(folder: Path, model: Policy, *loaders: Any) -> CachedReference:
     config = toy_config("dpo", cache_dir=str(folder), model__reference_dtype=str(model.dtype).removeprefix("torch."))
-    found = prepare_reference(config, model, ["chosen", "rejected"], loaders, share=True)
+    found = prepare_reference(config, model, ["chosen", "rejected"], loaders, 100, share=True)
     assert isinstance(found, CachedReference)
     return found
 
@@ -704,7 +737,7 @@ def test_data_that_is_complete_by_its_fingerprint_is_not_gone_through_again(tmp_
     assert [times(Loader(batches, name)) for name in ("a", "a", "b", "b")] == [1, 0, 1, 0]
     assert [times(Loader(batches)) for _ in range(2)] == [1, 1]
     assert times(Loader(batches[:2], "a")) == 1
-    monkeypatch.setattr(reference, "surroundings", lambda device: 1)
+    monkeypatch.setattr(logp_store, "surroundings", lambda device: 1)
     assert [times(Loader(batches, "a")) for _ in range(2)] == [1, 0]
 
 
@@ -724,15 +757,15 @@ def test_a_fingerprint_that_promised_too_much_is_an_error_once(tmp_path: Path) -
 
 def test_an_edit_of_any_module_that_scores_changes_the_surroundings(tmp_path: Path, monkeypatch: Patch) -> None:
     """policy.py and what it imports are read; of a copy, with a comment more, they are others."""
-    before = reference.surroundings(torch.device("cpu"))
+    before = logp_store.surroundings(torch.device("cpu"))
     for file in REPOSITORY.glob("*.py"):
         shutil.copy(file, tmp_path)
-    monkeypatch.setattr(reference, "REPOSITORY", tmp_path)
-    assert reference.surroundings(torch.device("cpu")) == before
+    monkeypatch.setattr(logp_store, "REPOSITORY", tmp_path)
+    assert logp_store.surroundings(torch.device("cpu")) == before
     for name in ("policy.py", "sequences.py"):
         text = (tmp_path / name).read_text()
         (tmp_path / name).write_text(text + "# edited\n")
-        assert reference.surroundings(torch.device("cpu")) != before
+        assert logp_store.surroundings(torch.device("cpu")) != before
         (tmp_path / name).write_text(text)
     (tmp_path / "judge.py").write_text("")
-    assert reference.surroundings(torch.device("cpu")) == before
+    assert logp_store.surroundings(torch.device("cpu")) == before
