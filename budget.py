@@ -119,7 +119,7 @@ def _key(policy: Policy) -> str:
     machine: Any = platform.node()
     if policy.device.type == "cuda":
         machine = [torch.cuda.get_device_name(policy.device), torch.cuda.mem_get_info(policy.device)[1]]
-    checkpointed = any(getattr(module, "gradient_checkpointing", False) for module in policy.lm.modules())
+    checkpointed = max(str(getattr(module, "recomputed", "")) for module in policy.lm.modules())
     facts = [settings, str(policy.dtype), policy.train_body, checkpointed, list(policy.heads()), machine,
              torch.__version__]
     return hashlib.sha256(json.dumps(facts, sort_keys=True, default=str).encode()).hexdigest()[:16]

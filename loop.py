@@ -1,11 +1,14 @@
 """The training loop: for each optimizer step's batches, step, log, evaluate if due, save if due."""
 
 import contextlib
+import inspect
 import resource
 import signal
 import sys
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -102,7 +105,7 @@ class BasicTrainer:
         """The batches of one optimizer step each: gradient_accumulation_steps of them, the last time fewer."""
         assert self.train_loader is not None
         window: list[Batch] = []
-        for batch in self.train_loader:
+        for batch in ahead(self.train_loader):
             window.append(batch)
             if len(window) == self.config.model.gradient_accumulation_steps:
                 yield window
@@ -216,11 +219,23 @@ class BasicTrainer:
         # A value head's gradient is clipped by itself.
         self.clipped = [(parameters, limit) for parameters, limit in (
             (own, self.config.model.max_grad_norm), (apart, self.config.model.v_head_max_grad_norm)) if parameters]
-        self.optimizer = find_optimizer(self.config.optimizer)(trained, lr=self.config.lr)
+        optimizer = find_optimizer(self.config.optimizer)
+        fused = {"fused": True} if "fused" in inspect.signature(optimizer).parameters else {}  # of those that have it
+        self.optimizer = optimizer(trained, lr=self.config.lr, **fused)
         warmup = self.config.warmup_steps
         self.scheduler = torch.optim.lr_scheduler.LambdaLR(
             self.optimizer, lambda step: min(1.0, (step + 1) / (warmup + 1)))
         self.saved_at = time.monotonic()
+
+
+def ahead(batches: Iterable[Batch], n: int = 2) -> Iterator[Batch]:
+    """The batches in their order; the next n are made by a thread meanwhile."""
+    with ThreadPoolExecutor(1) as thread:
+        source = iter(batches)
+        coming = deque(thread.submit(next, source, None) for _ in range(n))
+        while (batch := coming.popleft().result()) is not None:
+            coming.append(thread.submit(next, source, None))
+            yield batch
 
 
 def find_optimizer(name: str) -> Callable[..., torch.optim.Optimizer]:

@@ -12,9 +12,10 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from blocks import compile_blocks, find_blocks, recompute_activations
 from checkpoint import load_state, read_states, verify
 from groups import starts_with_bos
-from policy import DTYPES, Policy
+from policy import DTYPES, Policy, takes_flex_attention, trial
 from products import use_onednn
 from settings import MARKERS, run_folder
 from utils import REPOSITORY, UserError
@@ -192,7 +193,8 @@ def load_policy(config: "DictConfig", weights: Path | None = None, *, aligned: b
         print(f"loaded {source}: {found['step_idx']} examples seen"
               + "".join(f", {name} {value:.4g}" for name, value in sorted(found["metrics"].items())), file=sys.stderr)
     add_control_rows(lm, config)
-    use_onednn(lm)
+    if device().type == "cpu":
+        use_onednn(lm)
     policy = Policy(lm.to(device()), dtype=compute_dtype(config.model.policy_dtype), reward_head=loss.reward_head,
                     value_head=loss.value_head, train_body=config.model.trainable == "all", seed=config.seed)
     if source is not None:
@@ -200,12 +202,21 @@ def load_policy(config: "DictConfig", weights: Path | None = None, *, aligned: b
             file = (source if source.is_dir() else source.parent) / f"{name}.pt"
             if file.is_file():
                 load_state(head, read_states(file)["state"], file)
+    prepare_blocks(config, policy)
+    return policy
+
+
+def prepare_blocks(config: "DictConfig", policy: Policy) -> None:
+    """Set up how the model's blocks compute, as the settings and the machine have it; what it computes is the same."""
+    policy.to(device())
+    blocks = find_blocks(policy.lm, config.model.block_name)
     if config.model.activation_checkpointing and policy.train_body:
-        # Newer versions of transformers have the new name, and warn about the old one.
-        enable = getattr(lm, "activation_checkpointing_enable", None) or lm.gradient_checkpointing_enable
-        enable({"use_reentrant": False})
-        lm.train()
-    return policy.to(device())
+        recompute_activations(blocks, config.model.activation_checkpointing)
+        policy.lm.train()
+    on_gpu = policy.device.type == "cuda"
+    policy.flex = on_gpu and takes_flex_attention(policy)
+    if config.model.compile is True or (config.model.compile == "auto" and on_gpu):
+        compile_blocks(blocks, lambda: trial(policy))
 
 
 def load_from(config: "DictConfig") -> Path | None:

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
+from attention import block_mask, note_failure, use_flex_attention
 from groups import Group
 from head import Head, token_logps
 from sequences import Rows, cut_into_microbatches
@@ -20,6 +21,8 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16, "float64": torch.float64}
+TOLERANCE = 5e-2  # by which ways to compute the same may differ in bfloat16
+TRAINED = ("chosen", "rejected")
 
 
 class Policy(nn.Module):
@@ -35,6 +38,7 @@ class Policy(nn.Module):
         self.lm: Any = lm  # what transformers declares of its models, a checker cannot follow
         self.dtype = dtype or next(lm.parameters()).dtype
         self.train_body = train_body
+        self.flex = False  # whether masks are given as blocks: see attention.py
         self.window: int | None = getattr(lm.config, "sliding_window", None)
         self.reward_head: nn.Linear | None = None
         if reward_head:
@@ -62,12 +66,11 @@ class Policy(nn.Module):
         token_logps: (S,), log-probability of each scored id in nats. entropies: (S,), of the distribution that it is
         from. values: (S,), the value head where each is predicted. scores: (C,), the scalar head at the last id.
         """
-        outputs = {}
+        outputs, rows = {}, rows.to(self.device)
         hidden = self.hidden(rows) if {"token_logps", "values"} & set(wanted) else None
-        predicting = None if hidden is None else hidden[rows.predictors.to(self.device)]
+        predicting = None if hidden is None else hidden[rows.predictors]
         if predicting is not None and "token_logps" in wanted:
-            outputs["token_logps"] = token_logps(predicting, self.head, rows.targets.to(self.device),
-                                                 entropies="entropies" in wanted)
+            outputs["token_logps"] = token_logps(predicting, self.head, rows.targets, entropies="entropies" in wanted)
             if "entropies" in wanted:
                 outputs["token_logps"], outputs["entropies"] = outputs["token_logps"].unbind()
         if predicting is not None and "values" in wanted:
@@ -81,17 +84,19 @@ class Policy(nn.Module):
 
     def hidden(self, rows: Rows) -> Tensor:
         """(R * T, h): the last hidden state at every id."""
-        rows = rows.to(self.device)
+        mask: Any = rows.attention_mask(self.dtype)
+        if self.flex and rows.segments is not None:
+            mask = block_mask(rows.segments)
         with self.computing(), torch.set_grad_enabled(torch.is_grad_enabled() and self.train_body):
             return self.lm.base_model(input_ids=rows.input_ids, position_ids=rows.position_ids, use_cache=False,
-                                      attention_mask=rows.attention_mask(self.dtype)).last_hidden_state.flatten(0, 1)
+                                      attention_mask=mask).last_hidden_state.flatten(0, 1)
 
     def last_hidden(self, rows: Rows, hidden: Tensor | None) -> Tensor:
         """(C, h): the hidden state at each completion's last id, in float32 at least; of a frozen body, once."""
         keys = [] if self.train_body else rows.keys()
         if not keys or any(key not in self.remembered for key in keys):
             hidden = self.hidden(rows) if hidden is None else hidden
-            ends = hidden[rows.ends.to(self.device)]
+            ends = hidden[rows.ends]
             ends = ends.to(torch.promote_types(ends.dtype, torch.float32))
             self.remembered.update(zip(keys, ends, strict=False))
             return ends
@@ -151,7 +156,7 @@ def shares_prompts(policy: Policy) -> bool:
     V = policy.lm.config.vocab_size
     prompt, first, second = [i % V for i in (5, 17, 2)], [i % V for i in (11, 3)], [i % V for i in (7, 19, 4)]
     group = Group(prompt, {"chosen": first, "rejected": second}, key=0)
-    dtype, policy.dtype = policy.dtype, next(policy.lm.parameters()).dtype
+    (dtype, flex), policy.dtype, policy.flex = (policy.dtype, policy.flex), next(policy.lm.parameters()).dtype, False
     try:
         apart, packed = (score(policy, [group], list(group.completions), ["token_logps"], 64, share)["token_logps"]
                          for share in (False, True))
@@ -159,7 +164,7 @@ def shares_prompts(policy: Policy) -> bool:
         with torch.no_grad():
             logits = policy.lm(input_ids=ids, use_cache=False).logits[0].double()
     finally:
-        policy.dtype = dtype
+        policy.dtype, policy.flex = dtype, flex
     own = logits.log_softmax(-1)[len(prompt) - 1:-1].gather(1, ids[0, len(prompt):, None])[:, 0]
     if (own - apart[0, "rejected"]).abs().max() > 1e-2:
         raise UserError(f"model.name_or_path: {type(policy.lm).__name__} forms its logits in a way that models.py does "
@@ -169,3 +174,36 @@ def shares_prompts(policy: Policy) -> bool:
         print("note: this model's attention takes no 4-D mask: completions of a prompt are scored in rows of their own",
               file=sys.stderr)
     return same
+
+
+def trial(policy: Policy) -> Tensor:
+    """Log-probs, and a gradient's norm, of a few hundred tokens in rows with and without a mask.
+
+    By what it gives, ways to compute the same are compared; and it shows whether they work.
+    """
+    ids = [token % policy.lm.config.vocab_size for token in range(100)]
+    groups = [Group(ids, {"chosen": ids[:60], "rejected": ids[50:]}, 0), Group(ids[:70], {"chosen": ids[20:80]}, 1)]
+    scored = torch.cat([policy(rows)["token_logps"] for rows in cut_into_microbatches(groups, TRAINED, 1)])
+    if not policy.train_body:
+        return scored.detach()
+    [gradient] = torch.autograd.grad(scored.sum(), [policy.lm.get_input_embeddings().weight])
+    return torch.cat([scored.detach(), gradient.norm().to(scored.dtype)[None]])
+
+
+def takes_flex_attention(policy: Policy) -> bool:
+    """Whether masks given as blocks work with this model, on this machine, and change nothing but rounding."""
+    expected, dense = trial(policy), policy.lm.config._attn_implementation
+    if not use_flex_attention(policy.lm):
+        return False
+    try:
+        policy.flex = True
+        found = trial(policy)
+        if torch.allclose(found, expected, rtol=TOLERANCE, atol=TOLERANCE):
+            return True
+        raise ValueError(f"log-probs or gradients are off by up to {(found - expected).abs().max():.2g}")
+    except Exception as error:  # a compiler may fail in any way; without it everything works
+        note_failure(error)
+        policy.lm.set_attn_implementation(dense)
+        return False
+    finally:
+        policy.flex = False

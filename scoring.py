@@ -162,14 +162,14 @@ class LossTrainer(BasicTrainer):
         microbatches = cut_into_microbatches(batch, roles, self.budget, share=self.share, window=self.policy.window)
         if self.couples_examples and len(microbatches) > 1:
             policy = merged(policy, self.scored("policy", batch, TRAINED))
-        parts = 0.0
+        parts = torch.zeros((), dtype=torch.float64, device=self.policy.device)
         for rows in microbatches:
             outputs = self.policy(rows, kinds)
             leaves = {kind: output.detach().requires_grad_() for kind, output in outputs.items()}
             here = {kind: by_item(rows, kind, leaf) for kind, leaf in leaves.items()}
             members = range(len(batch)) if self.couples_examples else sorted({number for number, _ in rows.items})
             losses, _, _ = self.call(batch, members, {"policy": merged(policy, here), "reference": reference})
-            parts += losses.sum().item()
+            parts += losses.detach().sum()
             # The loss of these rows alone need not depend on what they score: its gradient is then 0.
             anchored = losses.sum() / total + sum(0 * leaf.sum() for leaf in leaves.values())
             gradients = torch.autograd.grad(anchored, list(leaves.values()))
@@ -177,8 +177,9 @@ class LossTrainer(BasicTrainer):
             policy = merged(policy, {kind: {item: value.detach() for item, value in values.items()}
                                      for kind, values in here.items()})
         mean, metrics = self.measure(batch, {"policy": policy, "reference": reference}, "train")
-        if not self.couples_examples and abs(parts - (whole := mean.item() * len(batch))) > 1e-3 * (abs(whole) + 1):
-            raise UserError(f"{type(self).__name__}.loss gives {parts} for the parts of a batch and {whole} for the "
+        apart, whole = parts.item(), mean.item() * len(batch)  # only now: a GPU is waited for
+        if not self.couples_examples and abs(apart - whole) > 1e-3 * (abs(whole) + 1):
+            raise UserError(f"{type(self).__name__}.loss gives {apart} for the parts of a batch and {whole} for the "
                             f"whole of it: it couples examples. Say so: couples_examples: true in config/loss/"
                             f"{self.config.loss.name}.yaml")
         return metrics

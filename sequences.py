@@ -36,8 +36,12 @@ class Rows:
         return [array("i", prompt).tobytes() + b"|" + array("i", ids).tobytes() for prompt, ids in self.texts]
 
     def to(self, device: torch.device) -> "Rows":
-        moved = {name: value.to(device, non_blocking=True) for name, value in vars(self).items()
-                 if isinstance(value, Tensor)}
+        """From the machine's memory to a GPU's without waiting for it."""
+        def move(tensor: Tensor) -> Tensor:
+            pinned = device.type == "cuda" and tensor.device.type == "cpu"
+            return (tensor.pin_memory() if pinned else tensor).to(device, non_blocking=True)
+
+        moved = {name: move(value) for name, value in vars(self).items() if isinstance(value, Tensor)}
         return Rows(**{**vars(self), **moved})
 
     def attention_mask(self, dtype: torch.dtype) -> Tensor | None:

@@ -282,6 +282,8 @@ RULES: dict[str, tuple[Callable[[Any], bool], str]] = {
     "frac_unique_desirable": (_fraction, "a share above 0, at most 1"),
     "frac_unique_undesirable": (_fraction, "a share above 0, at most 1"),
     "reference": _one_of("cached", "live"),
+    "model.activation_checkpointing": _one_of(True, False, "selective"),
+    "model.compile": _one_of("auto", True, False),
     "loss.beta": ((lambda v: _number(v) and v > 0), "a number above 0"),
     "loss.epsilon": ((lambda v: _number(v) and 0 <= v < 1), "a share of at least 0, below 1"),
     "loss.alpha": _at_least(0, whole=False),

@@ -50,9 +50,12 @@ def rows(job: Job) -> dict[str, Any]:
     from trainers import find_trainer
 
     config = composed(job)
-    tokenizer = models.load_tokenizer(config)
-    loader = make_loader(config, tokenizer, "train", with_KL=find_trainer(config.loss.trainer).needs_KL())
-    every = [[as_row(group) for group in batch] for batch in loader]
+    if job["random"]:
+        every = random_batches(config, job["n"], **job["random"])
+    else:
+        tokenizer = models.load_tokenizer(config)
+        loader = make_loader(config, tokenizer, "train", with_KL=find_trainer(config.loss.trainer).needs_KL())
+        every = [[as_row(group) for group in batch] for batch in loader]
     whole = [batch for batch in every if len(batch) == config.model.batch_size]
     if len(whole) < job["n"]:
         raise SystemExit(f"{job['n']} batches of {config.model.batch_size} rows asked for, the data has {len(whole)}")
@@ -66,6 +69,26 @@ def rows(job: Job) -> dict[str, Any]:
         models.load_lm(config).save_pretrained(folder)
     return {"lengths": [[lengths(row) for row in batch] for batch in every], "model": folder,
             "shape": vars(Shape.of(AutoConfig.from_pretrained(folder)))}
+
+
+def random_batches(config: Any, n: int, vocabulary: int, prompt: int, completion: int) -> list[list[Row]]:
+    """Rows of random ids, all of one length; labelled ones are chosen and rejected in turn."""
+    import random
+
+    from groups import Group, with_mismatched
+
+    draw = random.Random(0)
+    roles = {"dpo": [("chosen", "rejected")], "kto": [("chosen",), ("rejected",)],
+             "sft": [("chosen",)]}[config.loss.name]
+    batches = []
+    for _ in range(n):
+        groups = [Group(draw.choices(range(3, vocabulary), k=prompt),
+                        {role: draw.choices(range(3, vocabulary), k=completion) for role in roles[key % len(roles)]},
+                        key, pair=0) for key in range(config.model.batch_size)]
+        if config.loss.name == "kto":
+            groups = with_mismatched(groups, config.model.max_length)
+        batches.append([as_row(group) for group in groups])
+    return batches
 
 
 def as_row(group: Any) -> Row:

@@ -2,10 +2,12 @@
 
     python benchmarks/steps.py --hh HH.jsonl.gz --ultrafeedback UF.jsonl.gz --work dpo-hh kto-hh
     python benchmarks/steps.py --hh HH.jsonl.gz --work dpo-hh --ladder
+    python benchmarks/steps.py --size 1.4b --work dpo-random kto-random --only "precomputed, no" "reference live"
 
 The files have the schemas of Anthropic/hh-rlhf and of HuggingFaceH4/ultrafeedback_binarized. A step is forward,
 backward, clipping and the optimizer (RMSprop), of smollm2-135m on batches of 8 rows of at most 512 ids, in float32 (on
-a GPU in bfloat16 with float32 weights). Every way of training gets the same ids in the same batches, in a process of
+a GPU in bfloat16 with float32 weights); or of a model of --size with random weights, on rows of 2,048 random ids, half
+of them prompt. Every way of training gets the same ids in the same batches, in a process of
 its own; after a step on two short rows, it and the product step in turns, a block of `--batches` each a round. Their
 first full batch must give the same loss, log-probs and gradient norm, or the row is marked as other work.
 `pip install -c constraints.txt -e '.[benchmarks]'` brings TRL; without it its rows say so.
@@ -15,6 +17,7 @@ import argparse
 import contextlib
 import json
 import math
+import shutil
 import statistics
 import tempfile
 from collections.abc import Mapping, Sequence
@@ -24,9 +27,16 @@ from pathlib import Path
 from typing import Any
 
 from counting import Lengths, Shape, padded_flops, useful_flops
-from measuring import Worker, WorkerDied, arguments, in_fresh_process, middle, said, table, write_results
+from measuring import REPOSITORY, Worker, WorkerDied, arguments, in_fresh_process, middle, said, table, write_results
 
-WORK = ("dpo-hh", "kto-hh", "sft-hh", "ppo-hh", "dpo-uf", "kto-uf")
+WORK = ("dpo-hh", "kto-hh", "sft-hh", "ppo-hh", "dpo-uf", "kto-uf", "dpo-random", "kto-random", "sft-random")
+# Of Llamas of these sizes, in the order of `LlamaConfig`'s words below; weights, gradients and optimizer state of 7b
+# take 84 GB.
+SIZES = {"tiny": (512, 64, 2, 4, 172, 64), "1.4b": (50304, 2048, 24, 16, 5632, 2048),
+         "7b": (32000, 4096, 32, 32, 11008, 2048)}
+WORDS = ("vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads", "intermediate_size",
+         "max_position_embeddings")
+FILES = {"hh": "--hh FILE", "uf": "--ultrafeedback FILE", "random": "--size"}
 ROWS, RATE_ROWS = 8, 1024
 TOLERANCE = 1e-3  # of a fact, as part of it: rounding in float32
 SMALL = 1e-5  # by which facts near 0 may differ
@@ -108,8 +118,12 @@ def measure(work: str, chosen: Mapping[str, Way], settings: Sequence[str], args:
     """All of the ways on one kind of work: what was measured, and what the rows were."""
     n = args.rounds * args.batches
     with tempfile.TemporaryDirectory() as folder, contextlib.ExitStack() as stack:
-        job = {"batches": f"{folder}/batches.json", "folder": folder, "n": n, "settings": settings,
-               "rate_rows": RATE_ROWS}
+        job: dict[str, Any] = {"batches": f"{folder}/batches.json", "folder": folder, "n": n, "settings": settings,
+                               "rate_rows": RATE_ROWS, "random": None}
+        if work.endswith("random"):
+            V, *_, length = SIZES[args.size]
+            job["random"] = {"vocabulary": V, "prompt": length // 2, "completion": length // 2}
+            job["settings"] = [*settings, *random_model(args.size, Path(folder) / "random")]
         with said(f"{work}: rows"):
             found = in_fresh_process("peers.py", written(folder, "rows", {**job, "kind": "rows"}))
         batches = [[(prompt, completions) for prompt, completions in batch] for batch in found["lengths"]]
@@ -133,7 +147,7 @@ def measure(work: str, chosen: Mapping[str, Way], settings: Sequence[str], args:
     for name in names:
         judge(measured[name], measured[names[0]], chosen[name])
     return {"ways": {name: vars(values) for name, values in measured.items()}, "rates": rates,
-            "batches": batches[:n], "file": batches, "shape": found["shape"], "settings": settings,
+            "batches": batches[:n], "file": batches, "shape": found["shape"], "settings": job["settings"],
             "reference": not work.startswith("sft")}
 
 
@@ -173,6 +187,19 @@ def start(folder: str, name: str, way: Way, job: Mapping[str, Any]) -> Worker:
     settings = [*job["settings"], *way.settings]
     return Worker("peers.py", written(folder, name, {**job, "kind": way.kind, "settings": settings,
                                                      "options": dict(way.options)}))
+
+
+def random_model(size: str, folder: Path) -> list[str]:
+    """The settings of a run with a Llama of random weights, whose config and tokenizer are written to `folder`."""
+    shutil.copytree(REPOSITORY / "examples/tiny", folder)
+    config = json.loads((folder / "config.json").read_text())
+    config.update(zip(WORDS, SIZES[size], strict=True), num_key_value_heads=SIZES[size][3])
+    config.pop("head_dim", None)
+    (folder / "config.json").write_text(json.dumps(config))
+    length = SIZES[size][-1]
+    return [f"++model.name_or_path={folder}", f"++model.max_length={length}",
+            f"++model.max_prompt_length={length // 2}", "++model.policy_dtype=bfloat16",
+            "++model.reference_dtype=bfloat16"]
 
 
 def written(folder: str, name: str, job: Mapping[str, Any]) -> str:
@@ -261,24 +288,26 @@ def main() -> None:
     parser.add_argument("--ultrafeedback", type=Path, help="rows in that of HuggingFaceH4/ultrafeedback_binarized")
     parser.add_argument("--work", nargs="+", choices=WORK, default=["dpo-hh", "kto-hh"])
     parser.add_argument("--model", default="smollm2-135m", help="of config/model (%(default)s)")
+    parser.add_argument("--size", choices=SIZES, help="of the model with random weights")
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--batches", type=int, default=1, help="of 8 rows, in a block (%(default)s)")
     parser.add_argument("--only", nargs="+", metavar="NAME", help="the ways whose names have one of these in them")
     parser.add_argument("--ladder", action="store_true", help="the product's own changes, one after the other")
     parser.add_argument("--count", action="store_true", help="count the first batch's floating-point operations, too")
     args = parser.parse_args()
-    files = {"hh": args.hh, "uf": args.ultrafeedback}
+    files = {"hh": args.hh, "uf": args.ultrafeedback, "random": args.size and REPOSITORY / "examples/demo"}
     results, other = {}, []
     for work in args.work:
         loss, name = work.split("-")
         if files[name] is None:
-            parser.error(f"{work} needs {'--hh' if name == 'hh' else '--ultrafeedback'} FILE")
+            parser.error(f"{work} needs {FILES[name]}")
         source = f"{'hh_harmless:' if name == 'hh' else ''}{files[name].resolve()}"
+        model = "tiny" if name == "random" else args.model
         every = (ladder if args.ladder else ways)(loss)
         chosen = {way: every[way] for number, way in enumerate(every)
                   if number == 0 or not args.only or any(part in way for part in args.only)}
-        results[work] = measure(work, chosen, [*COMMON, f"model={args.model}", f"loss={loss}",
-                                                       f"datasets=['{source}']"], args)
+        results[work] = measure(work, chosen, [*COMMON, f"model={model}", f"loss={loss}", f"datasets=['{source}']"],
+                                args)
         print(report(work, results[work], args), flush=True)
         other += [f"{work}, {way}" for way, values in results[work]["ways"].items()
                   if values["verdict"].startswith("OTHER")]

@@ -20,7 +20,7 @@ import models
 from checkpoint import read_states, save_states
 from dataloader import make_loader
 from groups import Group
-from loop import BasicTrainer, Batch, Progress, find_optimizer
+from loop import BasicTrainer, Batch, Progress, ahead, find_optimizer
 from metrics import Metrics
 from scoring import LossTrainer
 from trainers import DPOTrainer, SFTTrainer, find_trainer
@@ -593,3 +593,42 @@ class Repeated:
 
     def __len__(self) -> int:
         return len(self.batch) * self.times
+
+
+# Batches ahead of time -----------------------------------------------------------------------------------------------
+
+def test_the_next_two_batches_are_made_while_one_is_in_use() -> None:
+    made = list[int]()
+
+    def batches() -> Iterator[Any]:
+        for number in range(1, 6):
+            made.append(number)
+            yield [number]
+
+    found = ahead(batches())
+    assert next(found) == [1]
+    assert [batch for [batch] in found] == [2, 3, 4, 5] and made == [1, 2, 3, 4, 5]
+
+    made.clear()
+    found = ahead(batches())
+    assert next(found) == [1]
+    found.close()  # waits for those that were asked for
+    assert made == [1, 2, 3]
+
+
+def test_what_goes_wrong_in_making_a_batch_is_said_when_its_turn_comes() -> None:
+    def batches() -> Iterator[Any]:
+        yield [1]
+        raise UserError("row 7")
+
+    found = ahead(batches())
+    assert next(found) == [1]
+    with pytest.raises(UserError, match="row 7"):
+        next(found)
+
+
+@pytest.mark.parametrize("name, fused", [("AdamW", True), ("SGD", True), ("RMSprop", None), ("Rprop", None)])
+def test_optimizers_that_can_do_a_step_in_one_kernel_do(make: Make, name: str, fused: bool | None) -> None:
+    trainer = make([1], optimizer=name)
+    trainer.prepare_optimizer()
+    assert trainer.optimizer.defaults.get("fused") is fused

@@ -17,6 +17,7 @@ from oracle import LOSSES, Naive, exact, naive
 from torch import Tensor
 from toys import toy_config, toy_groups, toy_lm
 
+from blocks import find_blocks, recompute_activations
 from groups import with_mismatched
 from logp_store import CachedReference
 from loop import BasicTrainer, Batch
@@ -82,8 +83,7 @@ def make_trainer(name: str, dtype: torch.dtype = torch.float64, **options: Any) 
     if policy.reward_head is not None:  # at its start, 0, no gradient reaches the body
         weight = policy.reward_head.weight.data
         weight.copy_(torch.randn(weight.shape, generator=torch.Generator().manual_seed(0)))
-    enable = getattr(policy.lm, "activation_checkpointing_enable", None)  # its name from transformers 5.23 on
-    (enable or policy.lm.gradient_checkpointing_enable)({"use_reentrant": False})  # in training mode alone
+    recompute_activations(find_blocks(policy.lm), True)  # in training mode alone
     nothing: Any = None
     return find_trainer(config.loss.trainer)(
         config, in_its_precision(policy), make_reference(dtype) if config.loss.use_reference_model else None, nothing,

@@ -16,6 +16,7 @@ from torch import Tensor
 from toys import FAMILIES, toy_config, toy_groups, toy_policy
 
 from arguments import Losses
+from blocks import find_blocks, recompute_activations
 from groups import Group, with_mismatched
 from policy import Policy
 from scoring import LossTrainer
@@ -53,8 +54,7 @@ def make_trainer(loss: str | type[LossTrainer], family: str = "llama", *, dtype:
     if dtype == torch.float64:
         policy, reference = exact(policy), reference and exact(reference)
     if checkpointing:
-        enable = getattr(policy.lm, "activation_checkpointing_enable", None)  # its name from transformers 5.23 on
-        (enable or policy.lm.gradient_checkpointing_enable)({"use_reentrant": False})
+        recompute_activations(find_blocks(policy.lm), True)
         policy.lm.train()
     nothing: Any = None
     return trainer_class(config, policy, reference, nothing, nothing, nothing, Path("unused"), budget=BUDGETS[budget],

@@ -233,6 +233,7 @@ BAD = {
     "loss.desirable_weight": -1, "loss.undesirable_weight": "much", "loss.sft_weight": -0.5,
     "loss.tau": 1, "loss.label_smoothing": 1,
     "loss.sync_reference_every": -1, "loss.sync_reference_mix": 0, "model.v_head_max_grad_norm": 0,
+    "model.activation_checkpointing": "all", "model.compile": "yes",
     "model.reference_dtype": "int8", "model.trainable": "body", "model.tokens_per_microbatch": "all",
 }
 
@@ -438,6 +439,7 @@ DEFAULTS = {
     "model.block_name": None, "model.policy_dtype": "bfloat16", "model.fsdp_policy_mp": None,
     "model.reference_dtype": "bfloat16", "model.max_grad_norm": 10.0, "model.v_head_max_grad_norm": 0.10,
     "model.max_length": 2048, "model.max_prompt_length": 1024, "model.activation_checkpointing": True,
+    "model.compile": "auto",
     "model.batch_size": 32, "model.gradient_accumulation_steps": 1, "model.eval_batch_size": 16,
     "model.use_flash_attention": False, "model.tokens_per_microbatch": "auto",
 }
