@@ -25,7 +25,7 @@ ROLES = ["chosen", "rejected"]
 @pytest.fixture(autouse=True)
 def backward_on_a_cpu(monkeypatch: Patch) -> None:
     """PyTorch has it, uncompiled, and refuses it for want of a fast one."""
-    monkeypatch.setattr(torch.nn.attention.flex_attention, "_validate_device", lambda *tensors: None)
+    monkeypatch.setattr("torch.nn.attention.flex_attention._validate_device", lambda *tensors: None)
 
 
 def flexible(policy: Policy) -> Policy:

@@ -610,7 +610,7 @@ def test_the_next_two_batches_are_made_while_one_is_in_use() -> None:
     assert [batch for [batch] in found] == [2, 3, 4, 5] and made == [1, 2, 3, 4, 5]
 
     made.clear()
-    found = ahead(batches())
+    found: Any = ahead(batches())
     assert next(found) == [1]
     found.close()  # waits for those that were asked for
     assert made == [1, 2, 3]
