@@ -119,10 +119,8 @@ class FixedLoader:
         return sum(map(len, self.batches))
 
 
-def ours(job: Job) -> None:
-    """As train.py builds and steps; a cached reference is filled before the first step."""
-    from counting import Shape
-
+def build_ours(job: Job) -> tuple[Any, list[list[Any]]]:
+    """A trainer as train.py builds it, its cached reference filled, and the batches."""
     import models
     from budget import token_budget
     from groups import Group
@@ -145,6 +143,14 @@ def ours(job: Job) -> None:
     trainer.reference = prepare_reference(config, policy if cached else live, roles, [loader, loader],
                                           trainer.budget, share)
     trainer.prepare_optimizer()
+    return trainer, batches
+
+
+def ours(job: Job) -> None:
+    from counting import Shape
+
+    trainer, batches = build_ours(job)
+    policy = trainer.policy
     shape = Shape.of(policy.lm.config)
 
     def step(index: int) -> dict[str, float]:
@@ -159,6 +165,18 @@ def ours(job: Job) -> None:
         return {"rate": matmul_rate(shape.products(job["rate_rows"], job["scored"]), dtype)}
 
     serve(step, {"rate": rate})
+
+
+def profile(job: Job) -> dict[str, Any]:
+    """The parts of a step's time that operations take by themselves, on all threads' behalf: name -> share."""
+    from torch.profiler import profile as profiled
+
+    trainer, batches = build_ours(job)
+    list(trainer.steps([batches[WARM_UP]]))
+    with profiled() as found:
+        list(trainer.steps([batches[0]]))
+    times = {event.key: max(event.self_cpu_time_total, event.self_device_time_total) for event in found.key_averages()}
+    return {"shares": {name: time / sum(times.values()) for name, time in times.items()}}
 
 
 def tokens_of(batch: Sequence[Any]) -> dict[str, float]:
@@ -311,8 +329,8 @@ def facts(loss: str, logs: dict[str, Any], batch: Sequence[Row]) -> dict[str, fl
 def main() -> None:
     job = json.loads(Path(sys.argv[1]).read_text())
     kind = job["kind"]
-    if kind == "rows":
-        return answer_once(lambda: rows(job))
+    if kind in ("rows", "profile"):
+        return answer_once(lambda: {"rows": rows, "profile": profile}[kind](job))
     import torch
 
     torch.set_num_threads(THREADS)

@@ -37,7 +37,7 @@ SIZES = {"tiny": (512, 64, 2, 4, 172, 64), "1.4b": (50304, 2048, 24, 16, 5632, 2
 WORDS = ("vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads", "intermediate_size",
          "max_position_embeddings")
 FILES = {"hh": "--hh FILE", "uf": "--ultrafeedback FILE", "random": "--size"}
-ROWS, RATE_ROWS = 8, 1024
+ROWS, RATE_ROWS, SHOWN = 8, 1024, 12
 TOLERANCE = 1e-3  # of a fact, as part of it: rounding in float32
 SMALL = 1e-5  # by which facts near 0 may differ
 COMMON = ["exp_name=benchmark", "++cache_dir=.cache/benchmarks", "++wandb.enabled=false",
@@ -144,9 +144,13 @@ def measure(work: str, chosen: Mapping[str, Way], settings: Sequence[str], args:
         measured[names[0]].peak_GB = first.ask(do="rest")["peak_GB"]
         if args.count:
             measured[names[0]].flops = first.ask(do="step", batch=0, count=True)["flops"]
+        shares = {}
+        if args.profile:
+            job = {**job, "kind": "profile", "settings": [*job["settings"], *chosen[names[0]].settings]}
+            shares = in_fresh_process("peers.py", written(folder, "profile", job))["shares"]
     for name in names:
         judge(measured[name], measured[names[0]], chosen[name])
-    return {"ways": {name: vars(values) for name, values in measured.items()}, "rates": rates,
+    return {"shares": shares, "ways": {name: vars(values) for name, values in measured.items()}, "rates": rates,
             "batches": batches[:n], "file": batches, "shape": found["shape"], "settings": job["settings"],
             "reference": not work.startswith("sft")}
 
@@ -275,6 +279,9 @@ def utilisation(results: Mapping[str, Any], ours: Mapping[str, Any], args: argpa
     lines.append(f"TFLOP an example over the whole file ({n:,} rows), by the formula: necessary {mine / 1e12:.3g}"
                  f"{f' (with a live reference {live / 1e12:.3g})' if reference else ''}; naive {naive / 1e12:.3g}, "
                  f"{naive / mine:.1f} x.")
+    shares = sorted(results["shares"].items(), key=lambda item: item[1], reverse=True)[:SHOWN]
+    if shares:
+        lines.append("Of a step, by the profiler: " + ", ".join(f"{name} {share:.1%}" for name, share in shares) + ".")
     return "\n".join(lines)
 
 
@@ -293,6 +300,7 @@ def main() -> None:
     parser.add_argument("--batches", type=int, default=1, help="of 8 rows, in a block (%(default)s)")
     parser.add_argument("--only", nargs="+", metavar="NAME", help="the ways whose names have one of these in them")
     parser.add_argument("--ladder", action="store_true", help="the product's own changes, one after the other")
+    parser.add_argument("--profile", action="store_true", help="say what the product's step spends its time on")
     parser.add_argument("--count", action="store_true", help="count the first batch's floating-point operations, too")
     args = parser.parse_args()
     files = {"hh": args.hh, "uf": args.ultrafeedback, "random": args.size and REPOSITORY / "examples/demo"}
