@@ -22,6 +22,7 @@ from export import save_policy
 from groups import Group
 from metrics import Log, Metrics
 from policy import DTYPES, Policy
+from resume import Found, Keeper, load_into
 from utils import UserError, nearest
 
 if TYPE_CHECKING:
@@ -47,7 +48,10 @@ class BasicTrainer:
         self.budget, self.share = budget, share
         self.examples = self.updates = 0
         self.evaluation: dict[str, float] = {}
-        self.interrupted = False
+        self.interrupted: signal.Signals | None = None
+        self.evaluate_first = False  # an evaluation was due when the run was stopped
+        self.log: Log | None = None
+        self.evaluated_at = -1
 
     @classmethod
     def needs_KL(cls) -> bool:
@@ -73,39 +77,82 @@ class BasicTrainer:
         (loss * (len(batch) / total)).backward()
         return as_metrics(metrics, "train", loss, batch)
 
-    def train(self) -> None:
+    def train(self, state: Found | None = None) -> None:
+        """From the beginning, or from where `state` was written, to the end; Ctrl-C and SIGTERM stop it in between."""
         assert self.train_loader is not None
         self.prepare_optimizer()
-        with Interruptible(self), Progress("train", len(self.train_loader)) as bar:
-            self.log = Log(self.run, self.config, bar.write)
-            with contextlib.closing(self.log):
-                if self.config.do_first_eval:
-                    self.evaluate()
-                for window in self.windows():
-                    if self.interrupted:
-                        break
-                    for metrics in self.steps(window):
-                        self.log.step(metrics, self.counters())
-                    bar.advance(sum(map(len, window)), metrics.means())
-                    if self.evaluation_is_due(window):
-                        self.evaluate()
-                        self.save(keep=self.config.intermediate_checkpoints and not self.config.debug)
-                    elif self.save_is_due():
+        if state is not None:
+            load_into(state, self)
+        keeper = Keeper(self.run, self.config, fingerprint(self.train_loader, self.eval_loader),
+                        anew=state is None)
+        with Interruptible(self), Progress("train", len(self.train_loader), self.examples) as bar:
+            self.log = Log(self.run, self.config, bar.write, state and state["logs"])
+            with contextlib.closing(keeper), contextlib.closing(self.log):
+                self.go_on(keeper, bar)
+                if not self.interrupted:
+                    keeper.complete(self)
+                elif self.updates:
+                    keeper.begin(self)
+                    if self.interrupted == signal.SIGINT:  # who asks for an end in seconds may not wait for this
                         self.save()
-                if self.config.do_last_eval and self.examples != self.evaluated_at and not self.interrupted:
-                    self.evaluate()
-                if self.updates:
-                    self.save()
         if self.interrupted:
-            print(f"stopped after {self.examples:,} examples"
-                  + (f"; saved in {self.run / 'LATEST'}" if self.updates else "; nothing to save yet"), file=sys.stderr)
-            raise SystemExit(130)
+            print(f"stopped after {self.examples:,} examples" + ("; the same command goes on from there" if self.updates
+                                                                 else "; nothing to save yet"), file=sys.stderr)
+            raise SystemExit(128 + self.interrupted)
+
+    def go_on(self, keeper: Keeper, bar: "Progress") -> None:
+        """Train, evaluate and save until the data ends, or somebody asks to stop."""
+        assert self.log is not None
+        if self.evaluate_first or (self.config.do_first_eval and not self.updates):
+            self.evaluate()
+        for window in self.windows():
+            if self.interrupted:
+                return
+            for metrics in self.steps(window):
+                self.log.step(metrics, self.counters())
+            bar.advance(sum(map(len, window)), metrics.means())
+            if self.evaluation_is_due(window):
+                self.evaluate()
+                if not self.interrupted:
+                    self.save(keep=self.config.intermediate_checkpoints and not self.config.debug)
+            if self.state_is_due():
+                keeper.begin(self)
+                self.saved_at = time.monotonic()
+            keeper.commit()
+        if self.interrupted:
+            return
+        if self.config.do_last_eval and self.examples != self.evaluated_at:
+            self.evaluate()
+        if self.updates and not self.interrupted:
+            self.save()
+
+    def position(self) -> dict[str, Any]:
+        """Where training is, but for the tensors; as JSON takes it."""
+        schedule = self.scheduler.state_dict()
+        return {"examples": self.examples, "updates": self.updates, "budget": self.budget,
+                "evaluation": {name: repr(value) for name, value in self.evaluation.items()},  # JSON has no NaN
+                "evaluated_at": self.evaluated_at, "evaluate_first": self.evaluate_first,
+                "schedule": {key: schedule[key] for key in ("last_epoch", "_step_count", "_last_lr")}}
+
+    def set_position(self, position: Mapping[str, Any]) -> None:
+        for key in ("examples", "updates", "budget", "evaluated_at", "evaluate_first"):
+            setattr(self, key, position[key])
+        self.evaluation = {name: float(value) for name, value in position["evaluation"].items()}
+        self.scheduler.load_state_dict({**self.scheduler.state_dict(), **position["schedule"]})
+
+    def reference_moves(self) -> bool:
+        """Whether the reference changes during training, and so is part of where a run is."""
+        return False
 
     def windows(self) -> Iterator[list[Batch]]:
-        """The batches of one optimizer step each: gradient_accumulation_steps of them, the last time fewer."""
+        """The batches of one optimizer step each: gradient_accumulation_steps of them, the last time fewer.
+
+        From the example on that comes next.
+        """
         assert self.train_loader is not None
         window: list[Batch] = []
-        for batch in ahead(self.train_loader):
+        batches = self.train_loader.batches(self.examples) if self.examples else self.train_loader
+        for batch in ahead(batches):
             window.append(batch)
             if len(window) == self.config.model.gradient_accumulation_steps:
                 yield window
@@ -174,7 +221,7 @@ class BasicTrainer:
         if not torch.isfinite(norm) or not abs(loss) < float("inf"):
             raise UserError(f"step {self.updates + 1} (examples {self.examples + 1:,} and on): the loss is {loss}, the "
                             f"gradient's norm {norm.item()}; no step was taken. A smaller lr may help (now "
-                            f"{self.config.lr}); the last good weights are in {self.run / 'LATEST'} if it was saved")
+                            f"{self.config.lr}); the state before it is kept in {self.run / 'RESUME'}")
 
     @torch.no_grad()
     def evaluate(self) -> dict[str, float]:
@@ -183,31 +230,28 @@ class BasicTrainer:
         with Progress("eval", len(self.eval_loader)) as bar:
             for batch in self.eval_loader:
                 if self.interrupted:
+                    self.evaluate_first = True
                     return self.evaluation
                 loss, values = self.within_memory(lambda batch=batch: self.get_batch_metrics(batch, "eval"))
                 metrics.merge(as_metrics(values, "eval", loss, batch))
                 bar.advance(len(batch), {})
-        self.evaluation, self.evaluated_at = metrics.means(), self.examples
+        self.evaluation, self.evaluated_at, self.evaluate_first = metrics.means(), self.examples, False
         if self.log is not None:
             self.log.evaluation(self.evaluation, {**self.counters(), "counters/held_out": len(self.eval_loader)})
         return self.evaluation
-
-    log: Log | None = None
-    evaluated_at = -1
 
     def evaluation_is_due(self, window: list[Batch]) -> bool:
         """Whether the window's examples crossed a multiple of eval_every."""
         every = self.config.eval_every
         return self.examples // every > (self.examples - sum(map(len, window))) // every
 
-    def save_is_due(self) -> bool:
+    def state_is_due(self) -> bool:
         return time.monotonic() - self.saved_at >= 60 * self.config.checkpoint_minutes
 
     def save(self, keep: bool = False) -> None:
         save_checkpoint(self.run, f"step-{self.examples}", lambda folder: save_policy(
             self.policy, self.tokenizer, folder, self.examples, self.evaluation, DTYPES[self.config.export_dtype]),
             keep=keep)
-        self.saved_at = time.monotonic()
 
     def counters(self) -> dict[str, float]:
         return {"counters/examples": self.examples, "counters/updates": self.updates}
@@ -236,6 +280,11 @@ def ahead(batches: Iterable[Batch], n: int = 2) -> Iterator[Batch]:
         while (batch := coming.popleft().result()) is not None:
             coming.append(thread.submit(next, source, None))
             yield batch
+
+
+def fingerprint(*loaders: Any) -> str:
+    """Stands for the rows of a run; where a loader of other code takes part, for how many there are."""
+    return "/".join(str(getattr(loader, "fingerprint", len(loader))) for loader in loaders)
 
 
 def find_optimizer(name: str) -> Callable[..., torch.optim.Optimizer]:
@@ -272,31 +321,33 @@ def peak_memory() -> float:
 
 
 class Interruptible:
-    """Context in which Ctrl-C asks the trainer to stop after its step; a second one stops at once."""
+    """Context in which Ctrl-C or SIGTERM asks the trainer to stop after its step; a second one stops at once."""
 
     def __init__(self, trainer: BasicTrainer) -> None:
         self.trainer = trainer
 
     def __enter__(self) -> None:
-        self.before = signal.signal(signal.SIGINT, self.handle)
+        self.before = {number: signal.signal(number, self.handle) for number in (signal.SIGINT, signal.SIGTERM)}
 
     def handle(self, number: int, frame: object) -> None:
-        print("\nstopping after this step, and saving; Ctrl-C again to stop at once", file=sys.stderr)
-        self.trainer.interrupted = True
-        signal.signal(signal.SIGINT, self.before)
+        again = "; Ctrl-C again to stop at once" if number == signal.SIGINT else ""
+        print(f"\nstopping after this step, and saving{again}", file=sys.stderr)
+        self.trainer.interrupted = signal.Signals(number)
+        self.__exit__()
 
     def __exit__(self, *error: object) -> None:
-        signal.signal(signal.SIGINT, self.before)
+        for number, handler in self.before.items():
+            signal.signal(number, handler)
 
 
 class Progress:
     """A bar of examples with its ETA; where nobody watches, a line every 15 seconds."""
 
-    def __init__(self, what: str, total: int) -> None:
+    def __init__(self, what: str, total: int, done: int = 0) -> None:
         self.watched = sys.stderr.isatty()
-        self.bar = tqdm(total=total, desc=what, unit="ex", dynamic_ncols=True, leave=what == "train",
+        self.bar = tqdm(total=total, initial=done, desc=what, unit="ex", dynamic_ncols=True, leave=what == "train",
                         disable=not self.watched)
-        self.what, self.total, self.done, self.postfix = what, total, 0, ""
+        self.what, self.total, self.done, self.before, self.postfix = what, total, done, done, ""
         self.started = self.shown = time.monotonic()
 
     def __enter__(self) -> "Progress":
@@ -315,7 +366,7 @@ class Progress:
         if not self.watched and now - self.shown >= 15:
             self.shown = now
             self.write(tqdm.format_meter(self.done, self.total, now - self.started, prefix=self.what, unit="ex",
-                                         ncols=100, postfix=self.postfix))
+                                         ncols=100, postfix=self.postfix, initial=self.before))
 
     def __exit__(self, *error: object) -> None:
         self.bar.close()

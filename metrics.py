@@ -58,13 +58,17 @@ def standard_error(n: float, total: float, squares: float) -> float:
 class Log:
     """Where the numbers go: `metrics.jsonl` (every optimizer step), `evaluations.jsonl`, the screen, wandb."""
 
-    def __init__(self, run: Path, config: "DictConfig", screen: Any) -> None:
-        """screen: what `write(text)` prints a line with, so that progress bars stay whole."""
+    def __init__(self, run: Path, config: "DictConfig", screen: Any, sizes: Mapping[str, int] | None = None) -> None:
+        """screen: what `write(text)` prints a line with, so that progress bars stay whole.
+
+        sizes: bytes of the files when the state was written from which the run goes on; what came later goes.
+        """
         self.run, self.screen = run, screen
         self.interval = config.minimum_log_interval_secs
         self.pending, self.latest, self.shown = Metrics(), {}, -math.inf
         for name in ("metrics.jsonl", "evaluations.jsonl"):
-            (run / name).write_text("")
+            with (run / name).open("ab") as file:
+                file.truncate((sizes or {}).get(name, 0))
         self.wandb = start_wandb(run, config)
 
     def step(self, metrics: Metrics, counters: Mapping[str, float]) -> None:

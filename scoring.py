@@ -212,6 +212,9 @@ class LossTrainer(BasicTrainer):
             metrics.add(f"rewards_{mode}/KL_matched", torch.tensor([g.key == after.key for g, after in neighbours]))
         return losses.mean(), metrics
 
+    def reference_moves(self) -> bool:
+        return bool(self.config.loss.sync_reference_every)
+
     def after_step(self) -> None:
         """TR-DPO (Gorbatovski et al., 2024): every so often the reference moves towards the policy, or onto it."""
         every = self.config.loss.sync_reference_every

@@ -282,6 +282,8 @@ RULES: dict[str, tuple[Callable[[Any], bool], str]] = {
     "frac_unique_desirable": (_fraction, "a share above 0, at most 1"),
     "frac_unique_undesirable": (_fraction, "a share above 0, at most 1"),
     "reference": _one_of("cached", "live"),
+    "resume": _one_of("auto", "never"),
+    "resume_states": _at_least(1),
     "model.activation_checkpointing": _one_of(True, False, "selective"),
     "model.compile": _one_of("auto", True, False),
     "loss.beta": ((lambda v: _number(v) and v > 0), "a number above 0"),

@@ -10,6 +10,8 @@ from utils import UserError, require_writable, write_atomically
 if TYPE_CHECKING:
     from omegaconf import DictConfig
 
+    from resume import Found
+
 
 def run(config: "DictConfig") -> None:
     """Everything that can be wrong is looked at before the model is read: settings, data, folders, in this order."""
@@ -20,14 +22,41 @@ def run(config: "DictConfig") -> None:
     config.saved_policy = config.saved_policy or str(folder / "LATEST/policy.pt")
     require_writable("cache_dir", folder)
 
+    from resume import alone_in
+
+    with alone_in(folder):
+        state = where_it_was(config, folder)
+        if state is None or not state["complete"]:
+            train(config, folder, state)
+
+
+def where_it_was(config: "DictConfig", folder: Path) -> "Found | None":
+    """The state that an earlier run of the same command left, if it is to go on; what was found is said."""
+    from resume import find_state, require_same
+
+    state = find_state(folder) if config.resume == "auto" else None
+    if state is None:
+        if (folder / "LATEST").exists():
+            print(f"note: {folder} has a run already: this one starts anew, and its first checkpoint replaces LATEST",
+                  file=sys.stderr)
+        return None
+    require_same(state, config, folder)
+    done = state["position"]["examples"]
+    print(f"{folder} is complete, after {done:,} examples: nothing to do; ++resume=never starts over"
+          if state["complete"] else f"going on with {folder} after {done:,} examples", file=sys.stderr)
+    return state
+
+
+def train(config: "DictConfig", folder: Path, state: "Found | None") -> None:
     import torch
 
     import models
     from budget import token_budget
     from dataloader import make_loader
-    from loop import find_optimizer
+    from loop import find_optimizer, fingerprint
     from policy import shares_prompts
     from reference import is_cached, opened, prepare_reference
+    from resume import require_same_data
     from trainers import find_trainer
 
     trainer_class = find_trainer(config.loss.trainer)
@@ -38,6 +67,8 @@ def run(config: "DictConfig") -> None:
     tokenizer = models.load_tokenizer(config)
     train_loader = make_loader(config, tokenizer, "train", with_KL=with_KL)
     eval_loader = make_loader(config, tokenizer, "test", with_KL=with_KL)
+    if state is not None:
+        require_same_data(state, fingerprint(train_loader, eval_loader), folder)
 
     policy = models.load_policy(config)
     share = bool(config.model.share_prompts) and shares_prompts(policy)
@@ -48,9 +79,6 @@ def run(config: "DictConfig") -> None:
     # After the trainer, which tries the loss out: a mistake in it shows before the reference scores all the data.
     trainer.reference = prepare_reference(config, policy if cached else live, roles, [train_loader, eval_loader],
                                           trainer.budget, share)
-    if (folder / "LATEST").exists():
-        print(f"note: {folder} has a run already: this one starts anew, and its first checkpoint replaces LATEST",
-              file=sys.stderr)
     prepare_folder(config, tokenizer, folder)
     if (gpus := torch.cuda.device_count()) > 1:
         print(f"note: use_fsdp: one process on one of {gpus} GPUs; sharding over several is still to come",
@@ -59,7 +87,7 @@ def run(config: "DictConfig") -> None:
           f"{len(eval_loader):,} held-out examples, on {policy.device} in {str(policy.dtype).removeprefix('torch.')}; "
           f"writes {folder}", file=sys.stderr)
     with opened(trainer.reference):
-        trainer.train()
+        trainer.train(state)
 
 
 def prepare_folder(config: "DictConfig", tokenizer: object, folder: Path) -> None:

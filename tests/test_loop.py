@@ -7,7 +7,7 @@ import signal
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any, cast
+from typing import Any, ClassVar, cast
 
 import pytest
 import torch
@@ -22,6 +22,7 @@ from dataloader import make_loader
 from groups import Group
 from loop import BasicTrainer, Batch, Progress, ahead, find_optimizer
 from metrics import Metrics
+from resume import Keeper, find_state
 from scoring import LossTrainer
 from trainers import DPOTrainer, SFTTrainer, find_trainer
 from utils import UserError
@@ -36,6 +37,7 @@ class Point(nn.Module):
     """Stands for a policy: a single weight, w, which starts at 0."""
 
     value_head = None
+    remembered: ClassVar[dict[bytes, Tensor]] = {}
 
     def __init__(self) -> None:
         super().__init__()
@@ -237,32 +239,32 @@ def test_step_folders_are_kept_at_evaluations_only_where_asked_and_not_when_debu
         10, pytest.approx(1 - 0.9**5, rel=1e-12))
 
 
-def test_latest_is_there_after_every_step_with_checkpoint_minutes_0(make: Make) -> None:
+@pytest.fixture
+def states(monkeypatch: Patch) -> list[int]:
+    """The examples seen where a run's state was written."""
+    begin, written = Keeper.begin, list[int]()
+    monkeypatch.setattr(Keeper, "begin", lambda self, trainer: written.append(trainer.examples) or begin(self, trainer))
+    return written
+
+
+def test_the_state_is_written_after_every_step_with_checkpoint_minutes_0(make: Make, states: list[int]) -> None:
     trainer = make(*[[1, 1]] * 4, checkpoint_minutes=0)
-    found = []
-
-    def look(batch: int) -> None:
-        found.append(latest(trainer.run)["step_idx"] if (trainer.run / "LATEST").exists() else None)
-
-    trainer.before_batch = look
     trainer.train()
-    assert [*found, latest(trainer.run)["step_idx"]] == [None, 2, 4, 6, 8]
+    assert states == [2, 4, 6, 8] and latest(trainer.run)["step_idx"] == 8
 
 
-def test_latest_is_written_when_its_minutes_have_passed(make: Make, monkeypatch: Patch) -> None:
-    """A batch takes 25 seconds: the minute has passed after the third (75 s) and the sixth; the end saves as well."""
+def test_the_state_is_written_when_its_minutes_have_passed(make: Make, monkeypatch: Patch, states: list[int]) -> None:
+    """A batch takes 25 seconds: the minute has passed after the third (75 s) and the sixth."""
     clock = SimpleNamespace(now=0.0)
     monkeypatch.setattr(loop, "time", SimpleNamespace(monotonic=lambda: clock.now, perf_counter=lambda: clock.now))
     trainer = make(*[[1]] * 8, checkpoint_minutes=1)
-    found = []
 
     def pass_time(batch: int) -> None:
-        found.append(latest(trainer.run)["step_idx"] if (trainer.run / "LATEST").exists() else 0)
         clock.now += 25
 
     trainer.before_batch = pass_time
     trainer.train()
-    assert [*found, latest(trainer.run)["step_idx"]] == [0, 0, 0, 3, 3, 3, 6, 6, 8]
+    assert states == [3, 6]
     assert logged(trainer.run, "examples_per_second") == [1 / 25] * 8
 
 
@@ -339,8 +341,8 @@ def test_a_loss_that_is_not_finite_stops_the_run_before_the_step(make: Make, how
     with pytest.raises(UserError, match=rf"^step 3 \(examples 5 and on\): .*{said}.*no step was taken.*lr.*0\.1"):
         trainer.train()
     assert trainer.weight.item() == pytest.approx(0.19, rel=1e-12)
-    assert (latest(trainer.run)["step_idx"], latest(trainer.run)["state"]["weight"].item()) == (
-        4, pytest.approx(0.19, rel=1e-12))
+    state = find_state(trainer.run)
+    assert state is not None and state["position"]["examples"] == 4
     assert len(lines(trainer.run)) == 2
 
 
@@ -364,12 +366,12 @@ def test_ctrl_c_ends_the_step_saves_and_exits_130(make: Make, ctrl_c: Callable[[
     found, updates = latest(trainer.run), len(lines(trainer.run))
     assert (found["step_idx"], trainer.examples) == (examples, examples)
     assert found["state"]["weight"].item() == pytest.approx(1 - 0.9**updates, rel=1e-12)
-    assert f"stopped after {examples} examples; saved in {trainer.run}/LATEST" in capsys.readouterr().err
+    assert f"stopped after {examples} examples; the same command goes on from there" in capsys.readouterr().err
     assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
 
 
 def test_a_second_ctrl_c_stops_at_once(make: Make, ctrl_c: Callable[[], None]) -> None:
-    """In the third batch: no third step, and LATEST is that of the second."""
+    """In the third batch: no third step, and the state is that of the second."""
     trainer = make(*[[1, 1]] * 5, checkpoint_minutes=0)
 
     def twice(number: int) -> None:
@@ -381,7 +383,8 @@ def test_a_second_ctrl_c_stops_at_once(make: Make, ctrl_c: Callable[[], None]) -
     with pytest.raises(KeyboardInterrupt):
         trainer.train()
     assert trainer.weight.item() == pytest.approx(0.19, rel=1e-12)
-    assert latest(trainer.run)["step_idx"] == 4
+    state = find_state(trainer.run)
+    assert state is not None and state["position"]["examples"] == 4
     assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
 
 

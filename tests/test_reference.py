@@ -604,7 +604,7 @@ def aligned(home: Path, cache: Path, loss: str, seed: int, **changes: str) -> Wa
     return run(train.main, *words(
         loss=loss, seed=str(seed), exp_name=loss, datasets=f"[{home}/pairs.jsonl]", cache_dir=str(cache),
         n_examples="null", n_eval_examples="null", n_epochs="1", model__load_from=str(home / "start"),
-        model__batch_size="8", model__eval_batch_size="4", **changes))
+        model__batch_size="8", model__eval_batch_size="4", resume="never", **changes))
 
 
 def test_a_paired_run_scores_its_reference_once_whatever_the_order(home: Path, tmp_path: Path) -> None:

@@ -112,7 +112,7 @@ def test_a_run_starts_from_the_checkpoint_of_another_and_so_does_its_reference(h
 def test_weights_are_loaded_by_a_path_under_cache_dir_or_an_absolute_one(home: Path, spelling: str,
                                                                          capsys: Capture) -> None:
     code = call(train.main, *words(cache_dir="cache", exp_name="again", model__load_from=spelling.format(home),
-                                   n_examples="8"))
+                                   n_examples="8", resume="never"))
     screen = capsys.readouterr().err
     assert code == 0, screen
     before, after = lines(home / "cache/sft/evaluations.jsonl")[-1], lines(home / "cache/again/evaluations.jsonl")[0]
