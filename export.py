@@ -7,8 +7,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
+from torch import Tensor
 
 from checkpoint import cast_state, load_state, save_states
+from distributed import full_state
 from models import quiet_transformers
 from policy import Policy
 from utils import write_json
@@ -16,17 +18,24 @@ from utils import write_json
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+MODULES = {"reward_head": "reward_head", "v_head": "value_head"}  # of a policy, by the name of the file that keeps them
+
 
 def save_policy(policy: Policy, tokenizer: "PreTrainedTokenizerBase", folder: Path, step_idx: int,
                 metrics: Mapping[str, float], dtype: torch.dtype) -> None:
     """`policy.pt`, the heads' states where there are any, and `export/`, which other tools load as it is."""
-    save_states(folder / "policy.pt", step_idx, policy.lm.state_dict(), metrics, dtype)
-    for name, head in policy.heads().items():
-        save_states(folder / f"{name}.pt", step_idx, head.state_dict(), metrics, torch.float32)
-    lm, tokenizer = policy.lm, copy.deepcopy(tokenizer)
+    state = full_state(policy)
+    prefixes = {"lm": "lm.", **{name: f"{MODULES[name]}." for name in policy.heads()}}
+    parts = {part: {name.removeprefix(prefix): tensor for name, tensor in state.items() if name.startswith(prefix)}
+             for part, prefix in prefixes.items()}
+    save_states(folder / "policy.pt", step_idx, parts["lm"], metrics, dtype)
+    for name in policy.heads():
+        save_states(folder / f"{name}.pt", step_idx, parts[name], metrics, torch.float32)
+    lm, own, tokenizer = policy.lm, parts["lm"], copy.deepcopy(tokenizer)
     if policy.reward_head is not None:
-        lm = as_classifier(policy, tokenizer)
-    lm.save_pretrained(folder / "export", state_dict=cast_state(lm.state_dict(), dtype))
+        lm = as_classifier(policy, parts, tokenizer)
+        own = lm.state_dict()
+    lm.save_pretrained(folder / "export", state_dict=cast_state(own, dtype))
     tokenizer.save_pretrained(folder / "export")
     # save_pretrained writes the dtype that the model is in, and the base model's idea of where an answer ends.
     patch_json(folder / "export/config.json", dtype=str(dtype).removeprefix("torch."))
@@ -41,7 +50,7 @@ def patch_json(file: Path, **values: Any) -> None:
     write_json(file, {**json.loads(file.read_text()), **values})
 
 
-def as_classifier(policy: Policy, tokenizer: Any) -> "PreTrainedModel":
+def as_classifier(policy: Policy, parts: Mapping[str, Mapping[str, Tensor]], tokenizer: Any) -> "PreTrainedModel":
     """The reward model as `transformers` knows it: a sequence classifier with one label, read at the last token.
 
     It takes the last token that is not padding, so that padding must not be EOS, in which a completion ends: another
@@ -59,8 +68,9 @@ def as_classifier(policy: Policy, tokenizer: Any) -> "PreTrainedModel":
         tokenizer.pad_token = tokenizer.convert_ids_to_tokens(settings.pad_token_id)
     with torch.device("meta"):
         classifier = transformers.AutoModelForSequenceClassification.from_config(settings)
-    state = {f"{classifier.base_model_prefix}.{name}": tensor for name, tensor in
-             policy.lm.base_model.state_dict().items()}
-    load_state(classifier, {**state, "score.weight": policy.reward_head.weight}, "the reward model",
+    body = f"{policy.lm.base_model_prefix}."
+    state = {f"{classifier.base_model_prefix}.{name.removeprefix(body)}": tensor for name, tensor in parts["lm"].items()
+             if name.startswith(body)}
+    load_state(classifier, {**state, "score.weight": parts["reward_head"]["weight"]}, "the reward model",
                assign=True)
     return classifier

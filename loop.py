@@ -18,6 +18,7 @@ from tqdm import tqdm
 
 from budget import attempt, remember
 from checkpoint import save_checkpoint
+from distributed import full_state, largest, rank, ranks, wait_for_all, whole
 from export import save_policy
 from groups import Group
 from metrics import Log, Metrics
@@ -85,9 +86,12 @@ class BasicTrainer:
             load_into(state, self)
         keeper = Keeper(self.run, self.config, fingerprint(self.train_loader, self.eval_loader),
                         anew=state is None)
-        with Interruptible(self), Progress("train", len(self.train_loader), self.examples) as bar:
-            self.log = Log(self.run, self.config, bar.write, state and state["logs"])
-            with contextlib.closing(keeper), contextlib.closing(self.log):
+        with (Interruptible(self), Progress("train", len(self.train_loader), self.examples) as bar,
+              contextlib.ExitStack() as open_files):
+            if rank() == 0:
+                self.log = Log(self.run, self.config, bar.write, state and state["logs"])
+                open_files.enter_context(contextlib.closing(self.log))
+            with contextlib.closing(keeper):
                 self.go_on(keeper, bar)
                 if not self.interrupted:
                     keeper.complete(self)
@@ -102,29 +106,35 @@ class BasicTrainer:
 
     def go_on(self, keeper: Keeper, bar: "Progress") -> None:
         """Train, evaluate and save until the data ends, or somebody asks to stop."""
-        assert self.log is not None
         if self.evaluate_first or (self.config.do_first_eval and not self.updates):
             self.evaluate()
         for window in self.windows():
-            if self.interrupted:
+            if self.stopping():
                 return
             for metrics in self.steps(window):
-                self.log.step(metrics, self.counters())
+                if self.log is not None:
+                    self.log.step(metrics, self.counters())
             bar.advance(sum(map(len, window)), metrics.means())
             if self.evaluation_is_due(window):
                 self.evaluate()
-                if not self.interrupted:
+                if not self.stopping():
                     self.save(keep=self.config.intermediate_checkpoints and not self.config.debug)
-            if self.state_is_due():
+            if any(largest(self.state_is_due())):
                 keeper.begin(self)
                 self.saved_at = time.monotonic()
             keeper.commit()
-        if self.interrupted:
+        if self.stopping():
             return
         if self.config.do_last_eval and self.examples != self.evaluated_at:
             self.evaluate()
-        if self.updates and not self.interrupted:
+        if self.updates and not self.stopping():
             self.save()
+
+    def stopping(self) -> bool:
+        """Whether somebody has asked a rank to stop; all ranks hear of it at the same moment."""
+        [number] = largest(self.interrupted or 0)
+        self.interrupted = signal.Signals(int(number)) if number else None
+        return self.interrupted is not None
 
     def position(self) -> dict[str, Any]:
         """Where training is, but for the tensors; as JSON takes it."""
@@ -172,7 +182,7 @@ class BasicTrainer:
         start = time.perf_counter()
         total = sum(map(len, window))
         metrics = self.within_memory(lambda: self.gradient(window, total))
-        norm = torch.stack([torch.nn.utils.clip_grad_norm_(parameters, limit)
+        norm = torch.stack([whole(torch.nn.utils.clip_grad_norm_(parameters, limit))
                             for parameters, limit in self.clipped]).sum()
         self.refuse_non_finite(metrics, norm)
         metrics.add("lr", self.scheduler.get_last_lr()[0])
@@ -202,6 +212,8 @@ class BasicTrainer:
 
         Errors: `UserError` where a single example does not fit.
         """
+        if ranks() > 1:  # which must make the same passes
+            return work()
         while (result := attempt(work)) is None:
             if self.budget == 1:
                 raise UserError("memory ran out on a single example; ++model.activation_checkpointing=true needs less, "
@@ -229,7 +241,7 @@ class BasicTrainer:
         metrics = Metrics()
         with Progress("eval", len(self.eval_loader)) as bar:
             for batch in self.eval_loader:
-                if self.interrupted:
+                if self.stopping():
                     self.evaluate_first = True
                     return self.evaluation
                 loss, values = self.within_memory(lambda batch=batch: self.get_batch_metrics(batch, "eval"))
@@ -249,9 +261,13 @@ class BasicTrainer:
         return time.monotonic() - self.saved_at >= 60 * self.config.checkpoint_minutes
 
     def save(self, keep: bool = False) -> None:
-        save_checkpoint(self.run, f"step-{self.examples}", lambda folder: save_policy(
-            self.policy, self.tokenizer, folder, self.examples, self.evaluation, DTYPES[self.config.export_dtype]),
-            keep=keep)
+        if rank() == 0:
+            save_checkpoint(self.run, f"step-{self.examples}", lambda folder: save_policy(
+                self.policy, self.tokenizer, folder, self.examples, self.evaluation, DTYPES[self.config.export_dtype]),
+                keep=keep)
+        else:
+            full_state(self.policy)  # which rank 0 needs all others for
+        wait_for_all()
 
     def counters(self) -> dict[str, float]:
         return {"counters/examples": self.examples, "counters/updates": self.updates}
@@ -344,7 +360,7 @@ class Progress:
     """A bar of examples with its ETA; where nobody watches, a line every 15 seconds."""
 
     def __init__(self, what: str, total: int, done: int = 0) -> None:
-        self.watched = sys.stderr.isatty()
+        self.watched, self.silent = sys.stderr.isatty(), rank() > 0
         self.bar = tqdm(total=total, initial=done, desc=what, unit="ex", dynamic_ncols=True, leave=what == "train",
                         disable=not self.watched)
         self.what, self.total, self.done, self.before, self.postfix = what, total, done, done, ""
@@ -363,7 +379,7 @@ class Progress:
             self.postfix = postfix
         self.bar.update(examples)
         now = time.monotonic()
-        if not self.watched and now - self.shown >= 15:
+        if not self.watched and not self.silent and now - self.shown >= 15:
             self.shown = now
             self.write(tqdm.format_meter(self.done, self.total, now - self.started, prefix=self.what, unit="ex",
                                          ncols=100, postfix=self.postfix, initial=self.before))

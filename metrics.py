@@ -9,6 +9,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from distributed import everyones
+
 if TYPE_CHECKING:
     from omegaconf import DictConfig
     from torch import Tensor
@@ -35,6 +37,15 @@ class Metrics:
         for name, new in other.sums.items():
             old = self.sums.get(name, (0.0, 0.0, 0.0))
             self.sums[name] = old[0] + new[0], old[1] + new[1], old[2] + new[2]
+
+    def of_all_ranks(self) -> "Metrics":
+        """Those of all ranks together, in the order of the ranks."""
+        together = Metrics()
+        for sums in everyones(self.sums):
+            for name, values in sums.items():
+                old = together.sums.get(name, (0.0, 0.0, 0.0))
+                together.sums[name] = old[0] + values[0], old[1] + values[1], old[2] + values[2]
+        return together
 
     def means(self) -> dict[str, float]:
         """The mean of every name, and what follows from them: margins of unpaired classes, the KL's standard error."""

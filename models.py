@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 
 
 def device() -> torch.device:
-    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    return torch.device(f"cuda:{torch.cuda.current_device()}" if torch.cuda.is_available() else "cpu")
 
 
 def compute_dtype(name: str) -> torch.dtype:

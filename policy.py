@@ -5,13 +5,14 @@ Embedding, head, tied weights and scalar heads are inside it. What it gives is k
 
 import contextlib
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 
 from attention import block_mask, note_failure, use_flex_attention
+from distributed import gathered, my_turns, ranks
 from groups import Group
 from head import Head, token_logps
 from sequences import Rows, cut_into_microbatches
@@ -131,10 +132,23 @@ def make_value_head(lm: Any, seed: int) -> nn.Sequential:
 def score(policy: Policy, groups: Sequence[Group], roles: Sequence[str], kinds: Sequence[str], budget: int,
           share: bool) -> "Found":
     """Outputs of `policy` for every completion of `roles`: kind -> (number of the group, role) -> tensor."""
+    pieces = cut_into_microbatches(groups, roles, budget, share=share, window=policy.window, ranks=ranks())
+    return shared(pieces, [policy(rows, kinds) for rows, _ in my_turns(pieces)], kinds)
+
+
+def shared(pieces: Sequence[Rows], mine: Sequence[Mapping[str, Tensor]], kinds: Sequence[str]) -> "Found":
+    """What all ranks have found. mine: this rank's outputs for its turns at the pieces."""
     found: Found = {kind: {} for kind in kinds}
-    for rows in cut_into_microbatches(groups, roles, budget, share=share, window=policy.window):
-        for kind, values in policy(rows, kinds).items():
-            found[kind].update(by_item(rows, kind, values))
+    if not pieces:
+        return found
+    for kind in kinds:
+        lengths = [[len(rows.items) if kind == "scores" else sum(rows.lengths) for rows in pieces[number::ranks()]]
+                   for number in range(ranks())]
+        own = torch.cat([outputs[kind][:len(outputs[kind]) * counts]
+                         for outputs, (_, counts) in zip(mine, my_turns(pieces), strict=True)])
+        for number, values in enumerate(gathered(own, list(map(sum, lengths)))):
+            for rows, part in zip(pieces[number::ranks()], values.split(lengths[number]), strict=True):
+                found[kind].update(by_item(rows, kind, part))
     return found
 
 

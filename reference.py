@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from budget import attempt
+from distributed import rank, ranks, wait_for_all
 from groups import Group, Ids
 from logp_store import CachedReference, Text, closed_on_error
 from loop import Progress
@@ -61,6 +62,7 @@ def fill(cache: CachedReference, reference: Policy, loaders: Sequence[Iterable[S
     Where more is to be scored than may be held, that is so of each of several parts of the prompts.
     """
     survey = look_up(cache, loaders, roles)
+    wait_for_all()  # before a rank writes what another would then not find lacking
     for origin, texts in survey.held.items():
         if origin != cache.origin and not cache.is_marked("trusted", origin):
             check(cache, reference, texts, budget, share)
@@ -72,12 +74,14 @@ def fill(cache: CachedReference, reference: Policy, loaders: Sequence[Iterable[S
     with Progress("reference", examples) as bar:
         for part in range(parts):
             texts = list((survey if parts == 1 else look_up(cache, loaders, roles, part, parts)).lacking.values())
+            wait_for_all()
             ids, done = sum(len(prompt) + len(ids) for prompt, ids in texts), 0
-            for entries in live(reference, texts, budget, share):
+            for entries in live(reference, texts, budget, share, divided=True):
                 cache.write(entries)
                 done += sum(len(prompt) + len(ids) for (prompt, ids), _ in entries)
                 bar.advance(int(examples * (part + done / ids) / parts) - bar.done, {})
             bar.advance(examples * (part + 1) // parts - bar.done, {})
+            wait_for_all()
 
 
 @dataclass
@@ -134,13 +138,18 @@ def check(cache: CachedReference, reference: Policy, texts: Sequence[Text], budg
 
 
 @torch.no_grad()
-def live(reference: Policy, texts: Iterable[Text], budget: int, share: bool) -> Iterator[list[tuple[Text, Tensor]]]:
-    """The texts, a microbatch at a time, with the (T,) log-probs of each, on the CPU; the longest come first."""
+def live(reference: Policy, texts: Iterable[Text], budget: int, share: bool, *, divided: bool = False
+         ) -> Iterator[list[tuple[Text, Tensor]]]:
+    """The texts, a microbatch at a time, with the (T,) log-probs of each, on the CPU; the longest come first.
+
+    divided: only those that fall to this rank.
+    """
     groups = gathered(texts, SHARED if share else 1, budget)
     groups.sort(key=lambda group: (len(group.completions) > 1, len(group)), reverse=True)
     for start in range(0, len(groups), WINDOW):
-        for rows in cut_into_microbatches(groups[start:start + WINDOW], list(map(str, range(SHARED))), budget,
-                                          share=share, window=reference.window):
+        pieces = cut_into_microbatches(groups[start:start + WINDOW], list(map(str, range(SHARED))), budget,
+                                       share=share, window=reference.window)
+        for rows in pieces[rank()::ranks()] if divided else pieces:
             values = attempt(lambda rows=rows: reference(rows)["token_logps"].cpu())
             if values is not None:
                 yield list(zip(rows.texts, values.split(rows.lengths), strict=True))

@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from checkpoint import MANIFEST, files_of, point, sha256
+from distributed import another_group, largest, on_cpu, rank, ranks, wait_for_all
 from utils import UserError, write_json
 
 if TYPE_CHECKING:
@@ -26,7 +27,7 @@ if TYPE_CHECKING:
 
     from loop import BasicTrainer
 
-LINK, ABOUT, EXTRA, STATE = "RESUME", "about.json", "extra.pt", "state"
+LINK, ABOUT, EXTRA, STATE = "RESUME", "about.json", "extra-{}.pt", "state"
 LOGS = ("metrics.jsonl", "evaluations.jsonl")
 # Settings that may change when a run goes on: what it computes does not depend on them.
 FREE = {"resume", "debug", "use_fsdp", "fsdp_port", "cache_dir", "local_run_dir", "saved_policy", "checkpoint_minutes",
@@ -108,12 +109,13 @@ def load_into(found: Found, trainer: "BasicTrainer") -> None:
             param = params[key.split()[1]]
             like = param if kind.size == param.shape else torch.empty(kind.size, device=param.device)
             state[key] = torch.empty_like(like, dtype=kind.properties.dtype)
-    dcp().load({key: state[key] for key in kinds}, checkpoint_id=found.folder / STATE, no_dist=True)  # in place
+    dcp().load({key: state[key] for key in kinds}, checkpoint_id=found.folder / STATE, no_dist=ranks() == 1)  # in place
     for side, name, *rest in map(str.split, kinds):
         if side == "optimizer":
             trainer.optimizer.state[params[name]][rest[0]] = state[f"{side} {name} {rest[0]}"]
     trainer.set_position(found["position"])
-    extra = torch.load(found.folder / EXTRA, weights_only=True)
+    file = found.folder / EXTRA.format(rank())
+    extra = torch.load(file if file.is_file() else found.folder / EXTRA.format(0), weights_only=True)
     for group, options in zip(trainer.optimizer.param_groups, extra["options"], strict=True):
         group.update(options)
     set_generators(extra["generators"])
@@ -128,12 +130,13 @@ class Keeper:
     def __init__(self, run: Path, config: "DictConfig", data: str, *, anew: bool) -> None:
         """anew: whether the run starts over; what an earlier one has left here goes then."""
         self.run, self.settings, self.data, self.most = run, settings_of(config), data, config.resume_states
-        self.thread = ThreadPoolExecutor(1, "resume")
+        self.thread, self.group = ThreadPoolExecutor(1, "resume"), another_group()
         self.writing: Future[tuple[Path, Path]] | None = None
-        if anew:
+        if anew and rank() == 0:
             (run / LINK).unlink(missing_ok=True)
-        for left in run.glob(".resume-*" if anew else ".resume-*.partial"):  # of a run that was killed
+        for left in run.glob(".resume-*" if anew else ".resume-*.partial") if rank() == 0 else ():  # of one killed
             shutil.rmtree(left, ignore_errors=True)
+        wait_for_all()
 
     def begin(self, trainer: "BasicTrainer") -> None:
         """Copy the trainer's state, and write it meanwhile; one that is being written comes first."""
@@ -149,12 +152,17 @@ class Keeper:
         import torch
 
         partial = folder.with_name(f"{folder.name}.partial")
-        shutil.rmtree(partial, ignore_errors=True)
-        partial.mkdir()
+        if rank() == 0:
+            shutil.rmtree(partial, ignore_errors=True)
+            partial.mkdir()
+        wait_for_all(self.group)
         try:
             if tensors:
-                dcp().save(tensors, checkpoint_id=partial / STATE, no_dist=True)
-                torch.save(extra, partial / EXTRA)
+                torch.save(extra, partial / EXTRA.format(rank()))
+                dcp().save(tensors, checkpoint_id=partial / STATE, no_dist=ranks() == 1, process_group=self.group)
+            wait_for_all(self.group)
+            if rank() > 0:
+                return partial, folder
             write_json(partial / ABOUT, about)
             write_json(partial / MANIFEST, {str(file.relative_to(partial)): sha256(file) for file in files_of(partial)})
             for path in (*files_of(partial), partial / MANIFEST, partial):
@@ -166,11 +174,13 @@ class Keeper:
 
     def commit(self, *, wait: bool = False) -> None:
         """Put what is written in place, if it is; what fails leaves the last good state, with a note."""
-        if self.writing is None or not (wait or self.writing.done()):
+        if self.writing is None or not (wait or not any(largest(not self.writing.done()))):
             return
         writing, self.writing = self.writing, None
         try:
             partial, folder = writing.result()
+            if rank() > 0:
+                return
             shutil.rmtree(folder, ignore_errors=True)  # of a run before, that was started over
             partial.rename(folder)
             point(self.run / LINK, folder)
@@ -217,7 +227,7 @@ def tensors_of(trainer: "BasicTrainer") -> dict[str, Any]:
 
 def copied(tensors: Mapping[str, Any]) -> dict[str, Any]:
     """Copies on the CPU, which training does not change."""
-    return {key: tensor.detach().to("cpu", copy=True) for key, tensor in tensors.items()}
+    return {key: on_cpu(tensor) for key, tensor in tensors.items()}
 
 
 def extras_of(trainer: "BasicTrainer") -> dict[str, Any]:

@@ -12,10 +12,11 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from arguments import TRAINED, Argument, Losses, couples_examples, exchanged, read_arguments
+from distributed import gathered, my_turns, ranks
 from logp_store import CachedReference
 from loop import BasicTrainer, Batch
 from metrics import Metrics
-from policy import Found, Policy, by_item, score
+from policy import Found, Policy, by_item, score, shared
 from sequences import cut_into_microbatches
 from settings import OPTIONS
 from utils import UserError
@@ -159,24 +160,28 @@ class LossTrainer(BasicTrainer):
         """
         roles, kinds = self.outputs_of("policy", TRAINED)
         reference, policy = self.scored("reference", batch), self.scored("policy", batch, ("KL",))
-        microbatches = cut_into_microbatches(batch, roles, self.budget, share=self.share, window=self.policy.window)
+        microbatches = cut_into_microbatches(batch, roles, self.budget, share=self.share, window=self.policy.window,
+                                             ranks=ranks())
         if self.couples_examples and len(microbatches) > 1:
             policy = merged(policy, self.scored("policy", batch, TRAINED))
         parts = torch.zeros((), dtype=torch.float64, device=self.policy.device)
-        for rows in microbatches:
+        mine = list[dict[str, Tensor]]()
+        for rows, counts in my_turns(microbatches):
             outputs = self.policy(rows, kinds)
             leaves = {kind: output.detach().requires_grad_() for kind, output in outputs.items()}
             here = {kind: by_item(rows, kind, leaf) for kind, leaf in leaves.items()}
             members = range(len(batch)) if self.couples_examples else sorted({number for number, _ in rows.items})
             losses, _, _ = self.call(batch, members, {"policy": merged(policy, here), "reference": reference})
-            parts += losses.detach().sum()
+            parts += counts * losses.detach().sum()
             # The loss of these rows alone need not depend on what they score: its gradient is then 0.
             anchored = losses.sum() / total + sum(0 * leaf.sum() for leaf in leaves.values())
             gradients = torch.autograd.grad(anchored, list(leaves.values()))
-            torch.autograd.backward(list(outputs.values()), gradients)
-            policy = merged(policy, {kind: {item: value.detach() for item, value in values.items()}
-                                     for kind, values in here.items()})
+            # The ranks' gradients will be averaged.
+            torch.autograd.backward(list(outputs.values()), [counts * ranks() * gradient for gradient in gradients])
+            mine.append({kind: output.detach() for kind, output in outputs.items()})
+        policy = merged(policy, shared(microbatches, mine, kinds))
         mean, metrics = self.measure(batch, {"policy": policy, "reference": reference}, "train")
+        parts = torch.stack(gathered(parts[None], [1] * ranks())).sum()
         apart, whole = parts.item(), mean.item() * len(batch)  # only now: a GPU is waited for
         if not self.couples_examples and abs(apart - whole) > 1e-3 * (abs(whole) + 1):
             raise UserError(f"{type(self).__name__}.loss gives {apart} for the parts of a batch and {whole} for the "

@@ -69,11 +69,12 @@ class _Line:
 
 
 def cut_into_microbatches(groups: Sequence[Group], roles: Sequence[str], budget: int, *, share: bool = True,
-                          window: int | None = None) -> list[Rows]:
+                          window: int | None = None, ranks: int = 1) -> list[Rows]:
     """Rows that score the completions of `roles` that the groups have, cut so that each fits `budget` padded ids.
 
     share: whether completions of a prompt may stand in one row. They do not where that is longer than `window`, the
     model's smallest sliding window: a mask would switch it off. A group is never divided; the longest come first.
+    ranks: that take them in turns, and so have about the same to do.
     """
     shared, single = [], []
     for number, group in enumerate(groups):
@@ -85,12 +86,15 @@ def cut_into_microbatches(groups: Sequence[Group], roles: Sequence[str], budget:
         elif items:
             single.append([_Line(group.prompt, [ids], [item]) for ids, item in zip(completions, items, strict=True)])
     # Apart, since rows of one completion need no mask: plain causal attention is cheaper, and knows sliding windows.
-    return [pack(lines) for kind in (shared, single) for lines in _fill(kind, _even(kind, budget))]
+    return [pack(lines) for kind in (shared, single) for lines in _fill(kind, _even(kind, budget, ranks))]
 
 
-def _even(units: list[list[_Line]], budget: int) -> int:
-    """The smallest budget under which there are as few microbatches as under `budget`: they cost about the same."""
-    fewest = len(list(_fill(units, budget)))
+def _even(units: list[list[_Line]], budget: int, ranks: int) -> int:
+    """The smallest budget under which there are as few rounds of microbatches as under `budget`.
+
+    They cost about the same then. A round is one for each rank.
+    """
+    fewest = -(-len(list(_fill(units, budget))) // ranks) * ranks
     low, high = 0, budget  # too small, and large enough
     while high - low > max(budget // 64, 1):
         middle = (low + high) // 2

@@ -284,6 +284,7 @@ RULES: dict[str, tuple[Callable[[Any], bool], str]] = {
     "reference": _one_of("cached", "live"),
     "resume": _one_of("auto", "never"),
     "resume_states": _at_least(1),
+    "workers": _at_least(1, optional=True),
     "model.activation_checkpointing": _one_of(True, False, "selective"),
     "model.compile": _one_of("auto", True, False),
     "loss.beta": ((lambda v: _number(v) and v > 0), "a number above 0"),

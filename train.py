@@ -1,9 +1,11 @@
 """Align a model: `python train.py loss=kto model=llama7b datasets=[shp,hh,oasst] exp_name=my_run`."""
 
+import contextlib
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from distributed import first_rank_first, joined, launch, rank, ranks, shard, workers_wanted
 from settings import entry_point
 from utils import UserError, require_writable, write_atomically
 
@@ -21,10 +23,12 @@ def run(config: "DictConfig") -> None:
     folder = Path(config.local_run_dir).expanduser()
     config.saved_policy = config.saved_policy or str(folder / "LATEST/policy.pt")
     require_writable("cache_dir", folder)
+    if workers := workers_wanted(config):
+        return launch(workers, config.fsdp_port)
 
     from resume import alone_in
 
-    with alone_in(folder):
+    with joined(), alone_in(folder) if rank() == 0 else contextlib.nullcontext():
         state = where_it_was(config, folder)
         if state is None or not state["complete"]:
             train(config, folder, state)
@@ -34,7 +38,8 @@ def where_it_was(config: "DictConfig", folder: Path) -> "Found | None":
     """The state that an earlier run of the same command left, if it is to go on; what was found is said."""
     from resume import find_state, require_same
 
-    state = find_state(folder) if config.resume == "auto" else None
+    with first_rank_first():
+        state = find_state(folder) if config.resume == "auto" else None
     if state is None:
         if (folder / "LATEST").exists():
             print(f"note: {folder} has a run already: this one starts anew, and its first checkpoint replaces LATEST",
@@ -48,9 +53,8 @@ def where_it_was(config: "DictConfig", folder: Path) -> "Found | None":
 
 
 def train(config: "DictConfig", folder: Path, state: "Found | None") -> None:
-    import torch
-
     import models
+    from blocks import find_blocks
     from budget import token_budget
     from dataloader import make_loader
     from loop import find_optimizer, fingerprint
@@ -65,8 +69,9 @@ def train(config: "DictConfig", folder: Path, state: "Found | None") -> None:
     find_optimizer(config.optimizer)
     models.check_load_from(config)
     tokenizer = models.load_tokenizer(config)
-    train_loader = make_loader(config, tokenizer, "train", with_KL=with_KL)
-    eval_loader = make_loader(config, tokenizer, "test", with_KL=with_KL)
+    with first_rank_first():
+        train_loader = make_loader(config, tokenizer, "train", with_KL=with_KL)
+        eval_loader = make_loader(config, tokenizer, "test", with_KL=with_KL)
     if state is not None:
         require_same_data(state, fingerprint(train_loader, eval_loader), folder)
 
@@ -79,13 +84,15 @@ def train(config: "DictConfig", folder: Path, state: "Found | None") -> None:
     # After the trainer, which tries the loss out: a mistake in it shows before the reference scores all the data.
     trainer.reference = prepare_reference(config, policy if cached else live, roles, [train_loader, eval_loader],
                                           trainer.budget, share)
-    prepare_folder(config, tokenizer, folder)
-    if (gpus := torch.cuda.device_count()) > 1:
-        print(f"note: use_fsdp: one process on one of {gpus} GPUs; sharding over several is still to come",
-              file=sys.stderr)
+    # The last thing: what comes before computes with whole models.
+    for model in (policy, live):
+        if model is not None:
+            shard(model, find_blocks(model.lm, config.model.block_name), list(model.heads().values()), model.dtype)
+    if rank() == 0:
+        prepare_folder(config, tokenizer, folder)
     print(f"{config.exp_name}: {config.loss.name} on {', '.join(config.datasets)}: {len(train_loader):,} training and "
-          f"{len(eval_loader):,} held-out examples, on {policy.device} in {str(policy.dtype).removeprefix('torch.')}; "
-          f"writes {folder}", file=sys.stderr)
+          f"{len(eval_loader):,} held-out examples, on {policy.device} in {str(policy.dtype).removeprefix('torch.')}"
+          f"{f', {ranks()} processes' if ranks() > 1 else ''}; writes {folder}", file=sys.stderr)
     with opened(trainer.reference):
         trainer.train(state)
 

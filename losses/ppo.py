@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from arguments import TRAINED
+from distributed import my_turns, ranks
 from loop import BasicTrainer, Batch
 from metrics import Metrics
 from policy import Found, by_item, score
@@ -65,11 +66,12 @@ class PPOTrainer(BasicTrainer):
 
     def accumulate(self, batch: Batch, total: int) -> Metrics:
         rollout, metrics = self.rollouts[id(batch)], Metrics()
-        for rows in self.microbatches(batch):
+        for rows, counts in my_turns(self.microbatches(batch)):
             loss, measured = self.measure(rows, rollout, self.policy(rows, KINDS))
-            (loss * (len(batch) / total)).backward()
-            metrics.merge(measured)
-        return self.named(batch, metrics, "train")
+            (loss * (counts * ranks() * len(batch) / total)).backward()  # the ranks' gradients will be averaged
+            if counts:
+                metrics.merge(measured)
+        return self.named(batch, metrics.of_all_ranks(), "train")
 
     def get_batch_metrics(self, batch: Batch, mode: str) -> tuple[Tensor, Metrics]:
         found, metrics, losses = score(self.policy, batch, TRAINED, KINDS, self.budget, self.share), Metrics(), []
@@ -82,7 +84,8 @@ class PPOTrainer(BasicTrainer):
         return torch.stack(losses).sum(), self.named(batch, metrics, mode)
 
     def microbatches(self, batch: Batch) -> list[Rows]:
-        return cut_into_microbatches(batch, TRAINED, self.budget, share=self.share, window=self.policy.window)
+        return cut_into_microbatches(batch, TRAINED, self.budget, share=self.share, window=self.policy.window,
+                                     ranks=ranks())
 
     def rollout(self, batch: Batch, values: Mapping[Item, Tensor] | None = None) -> Found:
         """What is computed once a batch: reference log-probs, advantages, returns and values, (T,) a completion.

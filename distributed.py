@@ -1,0 +1,273 @@
+"""The processes of a run: started, joined, and what they tell each other. With one process all of it does nothing.
+
+Every process forms the same global batches, and scores its part of their rows; what one has found, all get. So a loss
+sees the whole batch wherever it runs, and metrics are the same on every rank.
+"""
+
+import contextlib
+import os
+import signal
+import socket
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Iterator, Sequence
+from datetime import timedelta
+from typing import TYPE_CHECKING, Any, TypeVar
+
+if TYPE_CHECKING:
+    import torch
+    from omegaconf import DictConfig
+    from torch import Tensor, nn
+
+Item = TypeVar("Item")
+GRACE = 5.0  # seconds that the others have to end by themselves when one has failed
+PATIENCE = timedelta(hours=2)  # that a rank waits for another: one may tokenise or score a reference meanwhile
+
+
+def ranks() -> int:
+    """How many processes train together."""
+    return int(os.environ.get("WORLD_SIZE", "1"))
+
+
+def rank() -> int:
+    """Which of them this one is, from 0."""
+    return int(os.environ.get("RANK", "0"))
+
+
+def local_rank() -> int:
+    """Which of those on this machine it is."""
+    return int(os.environ.get("LOCAL_RANK", "0"))
+
+
+# Starting ------------------------------------------------------------------------------------------------------------
+
+def workers_wanted(config: "DictConfig") -> int:
+    """How many processes this one is to start: one a GPU, or as many as `workers` says; 0: it is to train itself."""
+    if "WORLD_SIZE" in os.environ or not config.use_fsdp:  # torchrun, Slurm or `launch` has started it
+        return 0
+    import torch
+
+    wanted = config.workers or torch.cuda.device_count()
+    return wanted if wanted > 1 else 0
+
+
+def launch(n: int, port: int | None) -> None:
+    """Run this command n times, as the ranks of a run, and end as they do.
+
+    The screen is rank 0's; when a rank fails, the last that it said is shown, and the others are ended.
+    """
+    environment = {**os.environ, "WORLD_SIZE": str(n), "LOCAL_WORLD_SIZE": str(n),
+                   "MASTER_ADDR": "localhost", "MASTER_PORT": str(port or free_port())}
+    if "OMP_NUM_THREADS" not in os.environ:  # processes that each take all cores are in each other's way
+        environment["OMP_NUM_THREADS"] = str(max((os.cpu_count() or 1) // n, 1))
+    with contextlib.ExitStack() as files:
+        screens = [None, *(files.enter_context(tempfile.TemporaryFile("w+")) for _ in range(1, n))]
+        processes = [subprocess.Popen([sys.executable, *sys.argv], stderr=screen, stdout=screen,
+                                      env={**environment, "RANK": str(number), "LOCAL_RANK": str(number)})
+                     for number, screen in enumerate(screens)]
+        with passing_on(processes):
+            code = watched(processes)
+        if code not in (0, 128 + signal.SIGINT, 128 + signal.SIGTERM):
+            explain(next(place for place, process in enumerate(processes) if process.returncode == code), code, screens)
+    if code:
+        raise SystemExit(code if code > 0 else 128 - code)
+
+
+@contextlib.contextmanager
+def passing_on(processes: Sequence["subprocess.Popen[Any]"]) -> Iterator[None]:
+    """Context in which SIGTERM reaches all processes, as Ctrl-C does from the terminal; at its end they are ended."""
+    def pass_on(number: int, frame: object) -> None:
+        for process in processes:
+            process.send_signal(number)
+
+    before = {signal.SIGTERM: signal.signal(signal.SIGTERM, pass_on),
+              signal.SIGINT: signal.signal(signal.SIGINT, lambda number, frame: None)}
+    try:
+        yield
+    finally:
+        for process in processes:
+            process.kill()
+            process.wait()
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+def explain(failed: int, code: int, screens: Sequence[Any]) -> None:
+    """Say which rank ended the run, and what it said last, if that is not on the screen already."""
+    if screens[failed] is not None:
+        screens[failed].seek(0)
+        print(f"rank {failed} ended with {code}:\n{screens[failed].read()[-4000:]}", file=sys.stderr)
+    if code < 0:
+        print(f"error: rank {failed} was killed ({signal.Signals(-code).name}): the run is ended; the same command "
+              "goes on from its last state", file=sys.stderr)
+
+
+def watched(processes: Sequence["subprocess.Popen[Any]"]) -> int:
+    """The first exit status that is not 0, once all have ended, which the others must soon after; or 0."""
+    while True:
+        codes = [process.poll() for process in processes]
+        if bad := [code for code in codes if code]:
+            deadline = time.monotonic() + GRACE
+            while time.monotonic() < deadline and any(process.poll() is None for process in processes):
+                time.sleep(0.05)
+            return bad[0]
+        if all(code == 0 for code in codes):
+            return 0
+        time.sleep(0.05)
+
+
+def free_port() -> int:
+    with socket.socket() as found:
+        found.bind(("localhost", 0))
+        return found.getsockname()[1]
+
+
+@contextlib.contextmanager
+def joined() -> Iterator[None]:
+    """Context in which the ranks of a run know each other."""
+    if ranks() == 1:
+        yield
+        return
+    import torch
+    import torch.distributed as dist
+
+    if torch.cuda.is_available():
+        torch.cuda.set_device(local_rank())
+    # gloo carries what is on the CPU: agreements, and states while they are written.
+    dist.init_process_group("cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo", timeout=PATIENCE)
+    try:
+        yield
+    finally:
+        dist.destroy_process_group()
+        # gloo's threads let go of the last tensors, for which they want the interpreter; if it is gone, they abort.
+        time.sleep(0.1)
+
+
+# Telling each other --------------------------------------------------------------------------------------------------
+
+def another_group() -> Any:
+    """For a thread that talks to those of other ranks while the ranks talk, too. None: there is one rank."""
+    if ranks() == 1:
+        return None
+    import torch.distributed as dist
+
+    return dist.new_group(backend="gloo", timeout=PATIENCE)
+
+
+def wait_for_all(group: Any = None) -> None:
+    if ranks() > 1:
+        import torch.distributed as dist
+
+        dist.barrier(group)
+
+
+@contextlib.contextmanager
+def first_rank_first() -> Iterator[None]:
+    """Context that rank 0 goes through before the others: what it leaves on the disk, they find."""
+    if rank() > 0:
+        wait_for_all()
+    yield
+    if rank() == 0:
+        wait_for_all()
+
+
+def largest(*values: float) -> list[float]:
+    """Of each value the largest that any rank has."""
+    if ranks() == 1:
+        return list(values)
+    import torch
+    import torch.distributed as dist
+
+    found = torch.tensor(values, dtype=torch.float64)
+    dist.all_reduce(found, dist.ReduceOp.MAX)
+    return found.tolist()
+
+
+def everyones(value: Item) -> list[Item]:
+    """What each rank has, by rank; for small things."""
+    if ranks() == 1:
+        return [value]
+    import torch.distributed as dist
+
+    found: list[Any] = [None] * ranks()
+    dist.all_gather_object(found, value)
+    return found
+
+
+def gathered(own: "Tensor", sizes: Sequence[int]) -> "list[Tensor]":
+    """Of each rank its flat tensor, whose sizes all know."""
+    if ranks() == 1:
+        return [own]
+    import torch
+    import torch.distributed as dist
+
+    padded = own.new_zeros(max(sizes))
+    padded[:len(own)] = own.detach()
+    found = [torch.empty_like(padded) for _ in sizes]
+    dist.all_gather(found, padded)
+    return [tensor[:size] for tensor, size in zip(found, sizes, strict=True)]
+
+
+def my_turns(pieces: Sequence[Item]) -> list[tuple[Item, bool]]:
+    """The pieces of work that fall to this rank, one a round, and whether they count.
+
+    Every rank has as many, since a sharded model computes on all at once: the last ones may do a piece over again that
+    does not count.
+    """
+    rounds = range(rank(), -(-len(pieces) // ranks()) * ranks(), ranks())
+    return [(pieces[min(place, len(pieces) - 1)], place < len(pieces)) for place in rounds]
+
+
+# Sharding ------------------------------------------------------------------------------------------------------------
+
+def shard(model: "nn.Module", blocks: Sequence["nn.Module"], heads: Sequence["nn.Module"],
+          dtype: "torch.dtype") -> None:
+    """Give every rank its part of each parameter (FSDP2): a block's come together when it is their turn.
+
+    dtype: that the model computes in; gradients are summed, and weights kept, as the parameters are. heads: compute in
+    their own dtype.
+    """
+    if ranks() == 1:
+        return
+    from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+
+    kept = next(model.parameters()).dtype
+    computing = MixedPrecisionPolicy(param_dtype=dtype if dtype != kept else None, reduce_dtype=kept,
+                                     cast_forward_inputs=False)
+    for block in blocks:
+        fully_shard(block, mp_policy=computing)
+    for head in heads:
+        fully_shard(head)
+    # Also after a pass without a graph: what is unsharded then would be stale after the optimizer's step.
+    fully_shard(model, mp_policy=computing, reshard_after_forward=True)
+
+
+def full_state(model: "nn.Module") -> "dict[str, Tensor]":
+    """Its state, put together, on rank 0; empty on the others, who must ask for it at the same time."""
+    found = {}
+    for name, tensor in model.state_dict().items():
+        together = whole(tensor)
+        if rank() == 0:
+            found[name] = together if together is tensor else together.cpu()
+    return found
+
+
+def on_cpu(tensor: "Tensor") -> "Tensor":
+    """A copy on the CPU; of a sharded tensor, sharded likewise."""
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.tensor import DTensor
+
+    if not isinstance(tensor, DTensor) or tensor.device.type == "cpu":
+        return tensor.detach().to("cpu", copy=True)
+    mesh = init_device_mesh("cpu", tensor.device_mesh.shape)
+    return DTensor.from_local(tensor.to_local().detach().to("cpu", copy=True), mesh, tensor.placements,
+                              run_check=False, shape=tensor.shape, stride=tensor.stride())
+
+
+def whole(tensor: "Tensor") -> "Tensor":
+    """A tensor that may be sharded, put together on every rank."""
+    from torch.distributed.tensor import DTensor
+
+    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor

@@ -1,0 +1,115 @@
+"""Law 1 across processes, and what becomes of a run when one of them fails."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from scripts import words
+from test_parity import NAMES
+
+import distributed
+from distributed import free_port, my_turns
+from utils import REPOSITORY
+
+# One of each family: plain, paired, labelled with KL pairs, coupling the batch, with heads, in several passes.
+FAMILIES = ["sft", "dpo", "kto", "bco", "bradley-terry", "ppo", "csft"]
+
+
+def on_ranks(n: int, names: list[str]) -> dict[str, list[float]]:
+    """What rank 0 of n says of these losses: of each the error of its gradient, of losses, and of metrics."""
+    port, environment = free_port(), {**os.environ, "OMP_NUM_THREADS": "1"}
+    ranks = [subprocess.Popen([sys.executable, str(REPOSITORY / "tests/rank_worker.py"), str(number), str(n), str(port),
+                               ",".join(names)], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+                              env=environment) for number in range(n)]
+    said = [rank.communicate(timeout=900) for rank in ranks]
+    assert not any(rank.returncode for rank in ranks), "\n".join(error[-3000:] for _, error in said)
+    return json.loads(said[0][0].splitlines()[-1])
+
+
+@pytest.mark.parametrize("n, names", [(2, NAMES), (3, FAMILIES), (4, FAMILIES), (8, FAMILIES)],
+                         ids=["2 ranks, every loss", "3 ranks", "4 ranks", "8 ranks"])
+def test_the_number_of_ranks_changes_nothing(n: int, names: list[str]) -> None:
+    """A batch of 7 rows, in float64: gradients, losses and metrics are the naive path's."""
+    errors = on_ranks(n, names)
+    assert len(errors) == 2 * len(names)
+    assert {name: found for name, found in errors.items() if max(found) > 1e-8} == {}
+
+
+# Dealing -------------------------------------------------------------------------------------------------------------
+
+def test_every_rank_has_as_many_turns_and_every_piece_counts_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """5 pieces for 3 ranks: two rounds, in the second of which the third rank does the last piece over again."""
+    monkeypatch.setenv("WORLD_SIZE", "3")
+    found = []
+    for number in range(3):
+        monkeypatch.setenv("RANK", str(number))
+        found.append(my_turns("abcde"))
+    assert found == [[("a", True), ("d", True)], [("b", True), ("e", True)], [("c", True), ("e", False)]]
+
+
+# Runs ----------------------------------------------------------------------------------------------------------------
+
+def train(folder: Path, *arguments: str, **options: Any) -> "subprocess.Popen[str]":
+    return subprocess.Popen([sys.executable, str(REPOSITORY / "train.py"), *words(cache_dir=str(folder)), *arguments],
+                            stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, cwd=folder, **options)
+
+
+@pytest.fixture(scope="module")
+def alone(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder of a DPO run of one process."""
+    folder = tmp_path_factory.mktemp("alone")
+    run = train(folder, "loss=dpo", "++eval_every=8")
+    _, said = run.communicate(timeout=200)
+    assert run.returncode == 0, said
+    return folder / "toy"
+
+
+def test_a_run_of_two_processes_ends_as_one_of_one(alone: Path, tmp_path: Path) -> None:
+    """In float32: what is saved and logged agrees to rounding, and there is one of each."""
+    run = train(tmp_path, "loss=dpo", "++eval_every=8", "++workers=2")
+    _, said = run.communicate(timeout=300)
+    assert run.returncode == 0 and "2 processes" in said, said
+    ours, theirs = (torch.load(folder / "LATEST/policy.pt", weights_only=True) for folder in (tmp_path / "toy", alone))
+    for name, tensor in theirs["state"].items():
+        torch.testing.assert_close(ours["state"][name], tensor, rtol=1e-3, atol=1e-5)
+    assert ours["metrics"] == pytest.approx(theirs["metrics"], rel=1e-3, abs=1e-4)
+    lines = [(folder / "metrics.jsonl").read_text().splitlines() for folder in (tmp_path / "toy", alone)]
+    assert len(lines[0]) == len(lines[1])
+
+
+def test_a_rank_that_dies_ends_the_run_within_seconds_and_the_same_command_goes_on(tmp_path: Path) -> None:
+    arguments = ("loss=dpo", "++workers=2", "n_examples=200", "++checkpoint_minutes=0")
+    run = train(tmp_path, *arguments)
+    deadline = time.monotonic() + 200
+    while not (tmp_path / "toy/RESUME").exists() and time.monotonic() < deadline:
+        time.sleep(0.1)
+    children = Path(f"/proc/{run.pid}/task/{run.pid}/children").read_text().split()
+    assert len(children) == 2
+    os.kill(int(children[1]), signal.SIGKILL)
+    started = time.monotonic()
+    _, said = run.communicate(timeout=60)
+    assert time.monotonic() - started < 10 and run.returncode == 128 + signal.SIGKILL
+    assert "rank 1 was killed (SIGKILL): the run is ended; the same command goes on" in said
+    again = train(tmp_path, *arguments)
+    _, said = again.communicate(timeout=300)
+    assert again.returncode == 0 and "going on with" in said, said
+    assert json.loads((tmp_path / "toy/metrics.jsonl").read_text().splitlines()[-1])["counters/examples"] == 200
+
+
+def test_what_a_rank_says_when_it_fails_is_shown(tmp_path: Path, capfd: pytest.CaptureFixture[str],
+                                                 monkeypatch: pytest.MonkeyPatch) -> None:
+    script = tmp_path / "script.py"
+    script.write_text("import os, sys, time\nif os.environ['RANK'] == '1': sys.exit('no such thing')\ntime.sleep(60)")
+    monkeypatch.setattr(sys, "argv", [str(script)])
+    monkeypatch.setattr(distributed, "GRACE", 0.2)
+    with pytest.raises(SystemExit) as ended:
+        distributed.launch(2, None)
+    assert ended.value.code == 1
+    assert "rank 1 ended with 1:\nno such thing" in capfd.readouterr().err
