@@ -24,6 +24,7 @@ from utils import REPOSITORY, UserError, require_writable
 
 FILE = "reference.sqlite"
 SCORING = 1  # to be raised when policy.py scores otherwise than before: what is cached is then not found
+KEY = 16  # bytes of a key
 KEYS = 512  # of one query; sqlite takes 999 at least
 PATIENCE = 60  # seconds to wait while another run writes
 IRRELEVANT = ("_name_or_path", "dtype")  # of a model's config: where it came from, and what it was stored in there
@@ -61,6 +62,7 @@ class CachedReference:
                 self.database.execute("CREATE TABLE IF NOT EXISTS entries (key BLOB PRIMARY KEY, origin INTEGER, "
                                       "dtype TEXT, tokens INTEGER, crc INTEGER, logps BLOB)")
                 self.database.execute("CREATE TABLE IF NOT EXISTS marks (key BLOB PRIMARY KEY)")
+                self.database.execute("CREATE TABLE IF NOT EXISTS plans (key BLOB PRIMARY KEY, lacking BLOB)")
             self.database.execute("SELECT key, origin, dtype, tokens, crc, logps FROM entries LIMIT 1").fetchone()
 
     def scored(self, batch: Sequence[Group], roles: Sequence[str]) -> Found:
@@ -89,8 +91,8 @@ class CachedReference:
         return {"token_logps": dict(zip(keys, values.to(self.device).split(lengths), strict=True))}
 
     def keys(self, prompt: Ids, completions: Iterable[Ids]) -> list[bytes]:
-        """16 bytes for each completion, that stand for this reference, the prompt and the completion."""
-        start = hashlib.blake2b(array("q", [len(prompt)]).tobytes() + array("i", prompt).tobytes(), digest_size=16,
+        """`KEY` bytes for each completion, that stand for this reference, the prompt and the completion."""
+        start = hashlib.blake2b(array("q", [len(prompt)]).tobytes() + array("i", prompt).tobytes(), digest_size=KEY,
                                 key=self.fingerprint)
         keys = []
         for ids in completions:
@@ -145,6 +147,18 @@ class CachedReference:
     def forget_marks(self) -> None:
         with self._explained(), self._writing():
             self.database.execute("DELETE FROM marks")
+
+    def planned(self, lacking: Iterable[bytes], *what: object) -> set[bytes]:
+        """The keys that were lacking when `what` was planned first, which is now if it never was."""
+        mark = self._mark(what)
+        with self._explained(), self._writing():
+            self.database.execute("INSERT OR IGNORE INTO plans VALUES (?, ?)", (mark, b"".join(lacking)))
+            [keys] = self.database.execute("SELECT lacking FROM plans WHERE key = ?", (mark,)).fetchone()
+        return {keys[start:start + KEY] for start in range(0, len(keys), KEY)}
+
+    def forget_plan(self, *what: object) -> None:
+        with self._explained(), self._writing():
+            self.database.execute("DELETE FROM plans WHERE key = ?", (self._mark(what),))
 
     def _mark(self, what: tuple[object, ...]) -> bytes:
         return hashlib.blake2b(repr((self.origin, *what)).encode(), digest_size=16, key=self.fingerprint).digest()

@@ -4,14 +4,15 @@ A sweep over losses and their settings pays for the reference once, and trains w
 """
 
 import contextlib
+import hashlib
 import itertools
 import math
 import zlib
 from array import array
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Container, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -62,6 +63,13 @@ def fill(cache: CachedReference, reference: Policy, loaders: Sequence[Iterable[S
     Where more is to be scored than may be held, that is so of each of several parts of the prompts.
     """
     survey = look_up(cache, loaders, roles)
+    plan = survey.asked.digest(), sorted(roles), budget, share
+    there = set[bytes]()
+    if 0 < survey.n_lacking <= HELD:
+        # What a microbatch is made of changes its values by rounding. A fill that was killed goes on in the same ones,
+        # so that what is trained with them is the same to the bit.
+        there = cache.planned(survey.lacking, *plan) - survey.lacking.keys()
+        survey = look_up(cache, loaders, roles, again=there) if there else survey
     wait_for_all()  # before a rank writes what another would then not find lacking
     for origin, texts in survey.held.items():
         if origin != cache.origin and not cache.is_marked("trusted", origin):
@@ -76,12 +84,14 @@ def fill(cache: CachedReference, reference: Policy, loaders: Sequence[Iterable[S
             texts = list((survey if parts == 1 else look_up(cache, loaders, roles, part, parts)).lacking.values())
             wait_for_all()
             ids, done = sum(len(prompt) + len(ids) for prompt, ids in texts), 0
-            for entries in live(reference, texts, budget, share, divided=True):
+            for entries in live(reference, texts, budget, share, divided=True, done=lambda text: (
+                    there and cache.keys(text[0], [text[1]])[0] in there)):
                 cache.write(entries)
                 done += sum(len(prompt) + len(ids) for (prompt, ids), _ in entries)
                 bar.advance(int(examples * (part + done / ids) / parts) - bar.done, {})
             bar.advance(examples * (part + 1) // parts - bar.done, {})
             wait_for_all()
+    cache.forget_plan(*plan)
 
 
 @dataclass
@@ -90,13 +100,14 @@ class Survey:
 
     lacking: dict[bytes, Text] = field(default_factory=dict)  # key -> what is to be scored; of all data, `HELD` at most
     held: dict[int, list[Text]] = field(default_factory=dict)  # origin -> the first few that are there; see `check`
+    asked: Any = field(default_factory=lambda: hashlib.blake2b(digest_size=16))  # of the keys, in their order
     n_asked: int = 0  # completions, as often as they come
     n_lacking: int = 0  # likewise, but those that are held in `lacking` once
 
 
 def look_up(cache: CachedReference, loaders: Sequence[Iterable[Sequence[Group]]], roles: Sequence[str], part: int = 0,
-            parts: int = 1) -> Survey:
-    """Survey one of several parts, about equal, of the loaders' prompts."""
+            parts: int = 1, *, again: Container[bytes] = ()) -> Survey:
+    """Survey one of several parts, about equal, of the loaders' prompts. again: keys that are taken to be lacking."""
     survey, prompts = Survey(), dict[bytes, Ids]()
     groups = itertools.chain.from_iterable(itertools.chain.from_iterable(loaders))
     while chunk := list(itertools.islice(groups, CHUNK)):
@@ -110,7 +121,8 @@ def look_up(cache: CachedReference, loaders: Sequence[Iterable[Sequence[Group]]]
             survey.n_asked += len(completions)
         found = cache.entries({key: len(ids) for key, (_, ids) in texts.items()})
         for key, (prompt, ids) in texts.items():
-            if key in found:
+            survey.asked.update(key)
+            if key in found and key not in again:
                 some = survey.held.setdefault(found[key].origin, [])
                 some.extend([(prompt, ids)] * (len(some) < CHECKED))
             elif key not in survey.lacking:
@@ -138,11 +150,11 @@ def check(cache: CachedReference, reference: Policy, texts: Sequence[Text], budg
 
 
 @torch.no_grad()
-def live(reference: Policy, texts: Iterable[Text], budget: int, share: bool, *, divided: bool = False
-         ) -> Iterator[list[tuple[Text, Tensor]]]:
+def live(reference: Policy, texts: Iterable[Text], budget: int, share: bool, *, divided: bool = False,
+         done: Callable[[Text], object] = lambda text: False) -> Iterator[list[tuple[Text, Tensor]]]:
     """The texts, a microbatch at a time, with the (T,) log-probs of each, on the CPU; the longest come first.
 
-    divided: only those that fall to this rank.
+    divided: only those that fall to this rank. done: microbatches are left out all of whose texts are.
     """
     groups = gathered(texts, SHARED if share else 1, budget)
     groups.sort(key=lambda group: (len(group.completions) > 1, len(group)), reverse=True)
@@ -150,6 +162,8 @@ def live(reference: Policy, texts: Iterable[Text], budget: int, share: bool, *, 
         pieces = cut_into_microbatches(groups[start:start + WINDOW], list(map(str, range(SHARED))), budget,
                                        share=share, window=reference.window)
         for rows in pieces[rank()::ranks()] if divided else pieces:
+            if all(map(done, rows.texts)):
+                continue
             values = attempt(lambda rows=rows: reference(rows)["token_logps"].cpu())
             if values is not None:
                 yield list(zip(rows.texts, values.split(rows.lengths), strict=True))

@@ -256,6 +256,36 @@ def test_progress_is_shown_in_examples_and_by_the_ids_that_are_scored(tmp_path: 
     assert held == 7 or all(0 <= step <= 1 for _, steps in shown for step in steps)
 
 
+@pytest.mark.parametrize("killed_after", range(1, 4))
+def test_a_fill_that_was_killed_ends_with_the_same_bits(tmp_path: Path, monkeypatch: Patch, killed_after: int) -> None:
+    """In float32, in which the company that a text is scored in shows; what was there before is not scored again."""
+    model, batches = toy_policy(dtype=torch.float32), make_batches(16)
+    for folder in ("whole", "killed"):
+        fill(model, batches[2:3], tmp_path / folder).close()
+    whole = fill(model, batches, tmp_path / "whole")
+    write, written = CachedReference.write, list[int]()
+
+    def killing(self: CachedReference, entries: Any) -> None:
+        if len(written) == killed_after:
+            raise KeyboardInterrupt
+        written.append(len(entries))
+        write(self, entries)
+
+    monkeypatch.setattr(CachedReference, "write", killing)
+    with pytest.raises(KeyboardInterrupt):
+        fill(model, batches, tmp_path / "killed")
+    monkeypatch.setattr(CachedReference, "write", write)
+    calls = Counter[bytes]()
+    forward = Policy.forward
+    monkeypatch.setattr(Policy, "forward", lambda self, rows, *wanted: calls.update(rows.keys()) or forward(
+        self, rows, *wanted))
+    again = fill(model, batches, tmp_path / "killed")
+    assert calls.total() == 36 - sum(written)  # of 4 batches' 48 texts, 12 were there
+    for batch in batches:
+        expected, found = (cache.scored(batch, ROLES)["token_logps"] for cache in (whole, again))
+        assert all(torch.equal(values, expected[item]) for item, values in found.items())
+
+
 def forward_within(limit: int, patch: Patch) -> None:
     """A machine that has no memory for more than `limit` padded ids in a pass."""
     forward = Policy.forward
