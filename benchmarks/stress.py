@@ -1,11 +1,12 @@
 """Runs that are killed at random moments, started again until they are done, and compared with one that was not.
 
-    python benchmarks/stress.py [--kills 100] [--losses sft dpo kto ppo] [--seed 0]
+    python benchmarks/stress.py [--kills 100] [--losses sft dpo kto ppo] [--ranks 1] [--seed 0]
 
 Each loss trains the tiny model on the demo, with its state written after every step, so that most kills fall in the
 middle of writing it. A kill is SIGKILL, at a moment drawn from the time that a start takes and a few steps more. What
 must be equal to the bit: weights, the value head's, and every number of metrics.jsonl and evaluations.jsonl that is not
-a time, a rate or memory. Prints a line a loss, and exits with 1 where anything differs.
+a time, a rate or memory. With --ranks 2 all processes of a run are killed at once. Prints a line a loss, and exits
+with 1 where anything differs.
 """
 
 import argparse
@@ -27,11 +28,11 @@ MEASURED = ("examples_per_second", "tokens_per_second", "memory_GB")
 LOGS = ("metrics.jsonl", "evaluations.jsonl")
 
 
-def command(loss: str, cache: Path) -> list[str]:
+def command(loss: str, cache: Path, ranks: int) -> list[str]:
     return [f"loss={loss}", "model=tiny", "datasets=[demo]", "exp_name=run", f"++cache_dir={cache}",
             "++wandb.enabled=false", "++n_examples=72", "++eval_every=24", "++n_eval_examples=16", "++lr=1e-3",
             "++model.batch_size=6", "++warmup_steps=5", "++checkpoint_minutes=0", "++seed=3",
-            "++intermediate_checkpoints=true"]
+            "++intermediate_checkpoints=true", f"++workers={ranks}"]
 
 
 def start(arguments: list[str], log: Path) -> int:
@@ -45,7 +46,7 @@ def start(arguments: list[str], log: Path) -> int:
             os.dup2(screen.fileno(), 1)
             os.dup2(screen.fileno(), 2)
         os.setsid()
-        sys.argv = ["train.py", *arguments]
+        sys.argv = [str(REPOSITORY / "train.py"), *arguments]
         import train
 
         train.main()
@@ -66,10 +67,10 @@ def ended(child: int) -> int | None:
     return os.waitstatus_to_exitcode(status) if done else None
 
 
-def whole(loss: str, folder: Path) -> float:
+def whole(loss: str, folder: Path, ranks: int) -> float:
     """An uninterrupted run; its seconds."""
     started = time.monotonic()
-    child = start(command(loss, folder), folder / "log")
+    child = start(command(loss, folder, ranks), folder / "log")
     while (code := ended(child)) is None:
         time.sleep(0.01)
     if code:
@@ -77,12 +78,13 @@ def whole(loss: str, folder: Path) -> float:
     return time.monotonic() - started
 
 
-def killed(loss: str, folder: Path, moments: random.Random, seconds: float, most: int) -> Counter[str]:
+def killed(loss: str, folder: Path, ranks: int, moments: random.Random, seconds: float, most: int) -> Counter[str]:
     """A run that is killed until it ends before its next kill, or has been `most` times; what was under way."""
     kills = Counter[str]()
     while True:
         last = kills.total() == most
-        child, deadline = start(command(loss, folder), folder / "log"), time.monotonic() + moments.uniform(0, seconds)
+        child = start(command(loss, folder, ranks), folder / "log")
+        deadline = time.monotonic() + moments.uniform(0, seconds)
         while (code := ended(child)) is None and (last or time.monotonic() < deadline):
             time.sleep(0.002)
         if code is not None:
@@ -139,6 +141,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--kills", type=int, default=100, help="in all (%(default)s)")
     parser.add_argument("--losses", nargs="+", default=["sft", "dpo", "kto", "ppo"])
+    parser.add_argument("--ranks", type=int, default=1, help="processes of a run (%(default)s)")
     parser.add_argument("--seed", type=int, default=0, help="of the moments (%(default)s)")
     args = parser.parse_args()
     import torch
@@ -152,11 +155,12 @@ def main() -> None:
         with tempfile.TemporaryDirectory(prefix="halos-stress-") as folder:
             one, other = Path(folder) / "whole", Path(folder) / "killed"
             one.mkdir()
-            seconds = whole(loss, one)
+            seconds = whole(loss, one, args.ranks)
             while kills.total() < args.kills // len(args.losses):
                 shutil.rmtree(other, ignore_errors=True)
                 other.mkdir()
-                kills += killed(loss, other, moments, seconds, args.kills // len(args.losses) - kills.total())
+                left = args.kills // len(args.losses) - kills.total()
+                kills += killed(loss, other, args.ranks, moments, seconds, left)
                 found += differences(one / "run", other / "run")
                 runs += 1
         failed += len(found)
