@@ -94,7 +94,8 @@ class Policy(nn.Module):
 
     def last_hidden(self, rows: Rows, hidden: Tensor | None) -> Tensor:
         """(C, h): the hidden state at each completion's last id, in float32 at least; of a frozen body, once."""
-        keys = [] if self.train_body else rows.keys()
+        # Where the body is sharded, all ranks go through it or none does.
+        keys = [] if self.train_body or ranks() > 1 else rows.keys()
         if not keys or any(key not in self.remembered for key in keys):
             hidden = self.hidden(rows) if hidden is None else hidden
             ends = hidden[rows.ends]

@@ -5,7 +5,7 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from distributed import first_rank_first, joined, launch, rank, ranks, shard, workers_wanted
+from distributed import first_rank_first, joined, largest, launch, rank, ranks, shard, workers_wanted
 from settings import entry_point
 from utils import UserError, require_writable, write_atomically
 
@@ -79,8 +79,9 @@ def train(config: "DictConfig", folder: Path, state: "Found | None") -> None:
     share = bool(config.model.share_prompts) and shares_prompts(policy)
     cached = is_cached(config, roles := trainer_class.reference_roles())
     live = None if cached else models.make_reference(config, policy)
-    trainer = trainer_class(config, policy, live, tokenizer, train_loader, eval_loader, folder,
-                            budget=token_budget(config, policy), share=share)
+    [least] = largest(-token_budget(config, policy))  # all ranks are to cut batches up alike
+    trainer = trainer_class(config, policy, live, tokenizer, train_loader, eval_loader, folder, budget=int(-least),
+                            share=share)
     # After the trainer, which tries the loss out: a mistake in it shows before the reference scores all the data.
     trainer.reference = prepare_reference(config, policy if cached else live, roles, [train_loader, eval_loader],
                                           trainer.budget, share)

@@ -97,10 +97,27 @@ def test_a_rank_that_dies_ends_the_run_within_seconds_and_the_same_command_goes_
     _, said = run.communicate(timeout=60)
     assert time.monotonic() - started < 10 and run.returncode == 128 + signal.SIGKILL
     assert "rank 1 was killed (SIGKILL): the run is ended; the same command goes on" in said
-    again = train(tmp_path, *arguments)
+    again = train(tmp_path, *arguments, "++workers=1")  # on another number of processes, too
     _, said = again.communicate(timeout=300)
     assert again.returncode == 0 and "going on with" in said, said
     assert json.loads((tmp_path / "toy/metrics.jsonl").read_text().splitlines()[-1])["counters/examples"] == 200
+
+
+def test_sigterm_saves_and_ends_all_and_the_same_command_goes_on(tmp_path: Path) -> None:
+    arguments = ("loss=kto", "++workers=2", "n_examples=120", "++checkpoint_minutes=60")
+    run = train(tmp_path, *arguments)
+    deadline = time.monotonic() + 200
+    metrics = tmp_path / "toy/metrics.jsonl"
+    while not (metrics.exists() and metrics.read_text()) and time.monotonic() < deadline:
+        time.sleep(0.05)
+    run.terminate()
+    _, said = run.communicate(timeout=60)
+    assert run.returncode == 128 + signal.SIGTERM and "the same command goes on from there" in said, said
+    again = train(tmp_path, *arguments)
+    _, said = again.communicate(timeout=300)
+    assert again.returncode == 0 and "going on with" in said, said
+    seen = [json.loads(line)["counters/examples"] for line in metrics.read_text().splitlines()]
+    assert seen == sorted(set(seen)) and seen[-1] == 120
 
 
 def test_what_a_rank_says_when_it_fails_is_shown(tmp_path: Path, capfd: pytest.CaptureFixture[str],
