@@ -227,7 +227,8 @@ def cut(file: Path) -> None:
 
 
 @pytest.mark.parametrize("damage", [flip, cut, Path.unlink])
-@pytest.mark.parametrize("name", ["about.json", "checksums.json", "extra-0.pt", "state/__0_0.distcp", "state/.metadata"])
+@pytest.mark.parametrize("name", ["about.json", "checksums.json", "extra-0.pt", "state/__0_0.distcp",
+                                  "state/.metadata"])
 def test_a_damaged_state_is_passed_over_for_the_one_before(tmp_path: Path, name: str, damage: Callable[[Path], None],
                                                            capsys: Screen) -> None:
     finish(tmp_path, kill_at=5)
