@@ -12,6 +12,8 @@ import torch
 from torch import Tensor
 from torch.nn.attention.flex_attention import BlockMask, create_block_mask, flex_attention
 
+from utils import first_line
+
 NAME = "sdpa_or_flex"  # by which transformers knows `attend`
 
 
@@ -65,6 +67,5 @@ def use_flex_attention(lm: Any) -> bool:
 
 
 def note_failure(error: Exception) -> None:
-    first = (str(error).splitlines() or [""])[0]
-    print(f"note: flex attention does not work with this model here ({type(error).__name__}: {first}); masks are "
-          "matrices", file=sys.stderr)
+    print(f"note: flex attention does not work with this model here ({type(error).__name__}: {first_line(error)}); "
+          "masks are matrices", file=sys.stderr)

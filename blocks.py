@@ -11,7 +11,7 @@ from torch import nn
 from torch.utils.checkpoint import CheckpointPolicy, create_selective_checkpoint_contexts
 from torch.utils.checkpoint import checkpoint as recompute
 
-from utils import UserError, nearest
+from utils import UserError, first_line, nearest
 
 # What `selective` keeps: what costs most to compute again, by what it takes in memory. By name, since a build of
 # PyTorch has not all of them.
@@ -77,6 +77,6 @@ def compile_blocks(blocks: Sequence[nn.Module], trial: Callable[[], Any]) -> boo
         for block in blocks:
             block._compiled_call_impl = None
         torch.compiler.reset()
-        print(f"note: model.compile: {type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}; "
-              "going on without", file=sys.stderr)
+        print(f"note: model.compile: {type(error).__name__}: {first_line(error)}; going on without",
+              file=sys.stderr)
         return False

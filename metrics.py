@@ -41,10 +41,8 @@ class Metrics:
     def of_all_ranks(self) -> "Metrics":
         """Those of all ranks together, in the order of the ranks."""
         together = Metrics()
-        for sums in everyones(self.sums):
-            for name, values in sums.items():
-                old = together.sums.get(name, (0.0, 0.0, 0.0))
-                together.sums[name] = old[0] + values[0], old[1] + values[1], old[2] + values[2]
+        for metrics in everyones(self):
+            together.merge(metrics)
         return together
 
     def means(self) -> dict[str, float]:

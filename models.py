@@ -18,7 +18,7 @@ from groups import starts_with_bos
 from policy import DTYPES, Policy, takes_flex_attention, trial
 from products import use_onednn
 from settings import MARKERS, run_folder
-from utils import REPOSITORY, UserError
+from utils import REPOSITORY, UserError, first_line
 
 if TYPE_CHECKING:
     from omegaconf import DictConfig
@@ -166,10 +166,6 @@ def pretrained(name: str | Path, key: str, **options: Any) -> "PreTrainedModel":
     return lm
 
 
-def first_line(error: Exception) -> str:
-    return (str(error).splitlines() or [""])[0]
-
-
 def without_dropout(settings: "PretrainedConfig") -> "PretrainedConfig":
     """Every kind of dropout set to 0: a policy and its reference must agree at the start."""
     for key, value in settings.to_dict().items():
@@ -215,7 +211,8 @@ def prepare_blocks(config: "DictConfig", policy: Policy) -> None:
         policy.lm.train()
     on_gpu = policy.device.type == "cuda"
     policy.flex = on_gpu and takes_flex_attention(policy)
-    if config.model.compile is True or (config.model.compile == "auto" and on_gpu):
+    # Only for training: rows that are written grow with every token, and answers attend in a way of their own.
+    if config.mode == "train" and (config.model.compile is True or (config.model.compile == "auto" and on_gpu)):
         compile_blocks(blocks, lambda: trial(policy))
 
 

@@ -16,6 +16,10 @@ class UserError(ValueError):
     """A mistake that the user can mend: the entry points print it without a traceback and exit with 2."""
 
 
+def first_line(error: Exception) -> str:
+    return (str(error).splitlines() or [""])[0]
+
+
 def let_threads_sleep() -> None:
     """Let torch's waiting threads sleep, after spinning for microseconds; to be called before torch is imported.
 

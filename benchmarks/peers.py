@@ -76,6 +76,7 @@ def random_batches(config: Any, n: int, vocabulary: int, prompt: int, completion
     import random
 
     from groups import Group, with_mismatched
+    from trainers import find_trainer
 
     draw = random.Random(0)
     roles = {"dpo": [("chosen", "rejected")], "kto": [("chosen",), ("rejected",)],
@@ -85,7 +86,7 @@ def random_batches(config: Any, n: int, vocabulary: int, prompt: int, completion
         groups = [Group(draw.choices(range(3, vocabulary), k=prompt),
                         {role: draw.choices(range(3, vocabulary), k=completion) for role in roles[key % len(roles)]},
                         key, pair=0) for key in range(config.model.batch_size)]
-        if config.loss.name == "kto":
+        if find_trainer(config.loss.trainer).needs_KL():
             groups = with_mismatched(groups, config.model.max_length)
         batches.append([as_row(group) for group in groups])
     return batches

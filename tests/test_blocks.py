@@ -143,6 +143,15 @@ def test_compiled_blocks_give_the_same_and_share_a_compilation(how: bool, monkey
     assert 1 <= compiler.graphs <= 4
 
 
+@pytest.mark.parametrize("mode, compiled", [("train", True), ("sample", False), ("eval", False)])
+def test_blocks_are_compiled_for_training_alone(mode: str, compiled: bool, monkeypatch: Patch) -> None:
+    """A row that is written grows with every token, and would be compiled anew."""
+    calls = list[int]()
+    monkeypatch.setattr(models, "compile_blocks", lambda blocks, trial: calls.append(len(blocks)))
+    models.load_policy(toy_config(model__compile=True, mode=mode))
+    assert calls == ([2] if compiled else [])
+
+
 def test_a_compiler_that_fails_is_done_without(monkeypatch: Patch, capsys: pytest.CaptureFixture[str]) -> None:
     policy = prepared(False)
     expected = trial(policy)
