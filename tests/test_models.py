@@ -863,7 +863,7 @@ def test_a_frozen_body_scores_the_same_the_second_time_and_only_the_head_gets_a_
 @pytest.fixture
 def reward_run(tmp_path: Path, tokenizer: PreTrainedTokenizerBase) -> tuple[Path, Policy]:
     """What a run of bradley-terry leaves behind; the tokenizer and the weights that it began with are gone."""
-    config = toy_config("bradley-terry", exp_name="rm")
+    config = toy_config("bradley-terry", exp_name="rm", cache_dir=str(tmp_path))
     policy = reward_policy(trained(config).lm)
     run = tmp_path / "rm"
     save_run(policy, tokenizer, run)
