@@ -108,12 +108,12 @@ class Docket:
     """What is asked, by number, and what was answered.
 
     Questions that come to the same are asked once. `show(number, answer)` is called for each of `questions`: for those
-    that the cache has at the start by `begin`, for the others as they are answered.
+    that the cache has at the start by `begin`, for the others as they are answered. over: whether enough was answered.
     """
 
     def __init__(self, judge: Judge, questions: Sequence[Question], cache: VerdictCache | None, bill: Bill,
-                 show: Callable[[int, Answer], None]) -> None:
-        self.judge, self.cache, self.bill, self.show = judge, cache, bill, show
+                 show: Callable[[int, Answer], None], over: Callable[[], bool] = lambda: False) -> None:
+        self.judge, self.cache, self.bill, self.show, self.over = judge, cache, bill, show, over
         self.questions = questions
         self.places: dict[str, list[int]] = defaultdict(list)  # key -> its numbers in `questions`
         for number, question in enumerate(questions):
@@ -124,6 +124,8 @@ class Docket:
     def begin(self) -> list[Question]:
         """Show what is known, and return what is to be asked: `take` and `state` are given a number in this list."""
         for key, places in self.places.items():
+            if self.over():
+                return []
             if self.cache and key in self.cache.answers:
                 self.cached += len(places)
                 self._show(key, self.cache.answers[key])
@@ -137,7 +139,10 @@ class Docket:
             self.show(place, answer)
 
     def state(self, number: int) -> Literal["ask", "wait", "known"]:
-        """Whether to ask this now, to come back later since another run is asking it, or neither: it has answered."""
+        """Whether to ask this now, to come back later since another run is asking it, or neither: it has answered, or
+        enough is known."""
+        if self.over():
+            return "known"
         if self.cache is None:
             return "ask"
         key = self.keys[number]

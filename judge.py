@@ -56,8 +56,8 @@ def make_judge(spec: str, template: PromptTemplate | None = None, seed: int = 0,
 class Summary:
     """Counts, and the win rate (0 to 1) with its 95% interval. flips: None where the judge asks one order only.
 
-    p_value: of the exact sign test against 50%. controlled: the win rate at equal lengths; None where no verdict could
-    be read.
+    p_value: of the exact sign test against 50%. controlled: the win rate at equal lengths. Where no verdict could be
+    read the two win rates are None, and the interval is (0, 1).
     """
 
     total: int
@@ -66,7 +66,7 @@ class Summary:
     ties: int
     unparsed: int
     flips: int | None
-    win_rate: float
+    win_rate: float | None
     interval: tuple[float, float]
     p_value: float
     controlled: "LengthControlled | None"
@@ -76,21 +76,21 @@ def summarise(comparisons: Sequence[Comparison], verdicts: Sequence[Verdict], le
               seed: int = 0) -> Summary:
     """Count the verdicts, and say what they tell.
 
-    Win rate = (candidate's wins + ties / 2) / attempts: a tie is half a win, an unparsed verdict an attempt that nobody
-    won. Comparisons of one prompt are not taken as independent. lengths: of the candidate's responses, and of the
-    baseline's. Test and length control leave unparsed verdicts out.
+    Win rate = (candidate's wins + ties / 2) / verdicts that could be read: a tie is half a win, and what could not be
+    read is counted, and tells nothing. Comparisons of one prompt are not taken as independent. lengths: of the
+    candidate's responses, and of the baseline's.
     """
-    from winrates import interval, length_controlled, score, sign_test
+    from winrates import estimate, length_controlled, sign_test
 
     winners = [verdict.winner for verdict in verdicts]
     ties = sum(verdict.why == "tie" for verdict in verdicts)
     flips = [verdict.flipped for verdict in verdicts if verdict.flipped is not None]
-    prompts, scores = [comparison.prompt for comparison in comparisons], [score(verdict) for verdict in verdicts]
-    read = [row for row in zip(scores, prompts, *lengths, strict=True) if row[0] is not None]
-    known, theirs, ours_long, others_long = ([row[place] for row in read] for place in range(4))
-    whole = [value or 0.0 for value in scores]
+    rows = zip([verdict.score for verdict in verdicts], [one.prompt for one in comparisons], *lengths, strict=True)
+    read = [row for row in rows if row[0] is not None]
+    scores, prompts, ours, theirs = ([row[place] for row in read] for place in range(4))
+    rate = estimate(scores, prompts, seed)
     return Summary(total=len(verdicts), candidate_wins=winners.count("candidate"),
                    baseline_wins=winners.count("baseline"), ties=ties, unparsed=winners.count(None) - ties,
-                   flips=sum(flips) if flips else None, win_rate=sum(whole) / len(whole),
-                   interval=interval(whole, prompts, seed), p_value=sign_test(known, theirs),
-                   controlled=length_controlled(known, ours_long, others_long, theirs) if read else None)
+                   flips=sum(flips) if flips else None, win_rate=rate.value if read else None,
+                   interval=(rate.low, rate.high), p_value=sign_test(scores, prompts),
+                   controlled=length_controlled(scores, ours, theirs, prompts) if read else None)

@@ -10,7 +10,7 @@ import hashlib
 import json
 import math
 import re
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from string import Template
@@ -27,7 +27,8 @@ PAGES = REPOSITORY / "pages"
 # The candidate's length over the baseline's, up to so much.
 BINS = [("under half", 0.5), ("shorter", 1 / 1.1), ("within 10%", 1.1), ("longer", 2.0), ("over twice", math.inf)]
 SHOWN_ELSEWHERE = {"date", "total", "seed", "exp_name", "judge", "candidate", "baseline", "config", "ties", "unparsed",
-                   "win_rate", "interval", "length_unit", "flips", "flip_rate", "length_controlled"}
+                   "win_rate", "interval", "length_unit", "flips", "flip_rate", "length_controlled", "datasets",
+                   "panel", "kappa"}
 LABELS = {"p_value": "p-value"}
 SECRET_NAME = re.compile(r"(^|_)(api)?(keys?|tokens?|secrets?|passw(or)?ds?|pwd|credentials?|auth|authorization|bearer)"
                          r"($|_)")
@@ -54,35 +55,36 @@ class Shown:
     flipped: bool = False
 
     @classmethod
-    def of(cls, comparison: "Comparison", verdict: "Verdict", labels: str, lengths: tuple[int, int]) -> "Shown":
-        """labels: of the response shown first, and of the other one."""
-        from winrates import score
-
-        words = verdict.text.split(" | ") if len(verdict.choices) > 1 else [verdict.text]
-        words = words if len(words) == len(verdict.choices) else [verdict.text] * len(verdict.choices)
-        told = [(sides[0], sides[labels.index(choice)] if choice else None, reason or said) for sides, choice, reason,
-                said in zip(comparison.sides(len(words)), verdict.choices, verdict.reasons, words, strict=True)]
-        return cls(comparison.prompt, comparison.candidate, comparison.baseline, score(verdict), told, lengths,
-                   flipped=bool(verdict.flipped))
+    def of(cls, comparison: "Comparison", verdict: "Verdict", by_judge: "Sequence[tuple[str, str, Verdict]]",
+           lengths: tuple[int, int]) -> "Shown":
+        """verdict: what counts; by_judge: each judge's name, its labels for the two places, and its own verdict."""
+        told = []
+        for name, labels, own in by_judge:
+            n = len(own.choices)
+            words = own.text.split(" | ") if n > 1 else [own.text]
+            words = words if len(words) == n else [own.text] * n
+            for sides, choice, reason, said in zip(comparison.sides(n), own.choices, own.reasons, words, strict=True):
+                winner = sides[labels.index(choice)] if choice else None
+                told.append((sides[0], winner, f"{name}: {reason or said}" if len(by_judge) > 1 else reason or said))
+        return cls(comparison.prompt, comparison.candidate, comparison.baseline, verdict.score, told, lengths,
+                   comparison.dataset or None, bool(verdict.flipped))
 
     @property
     def outcome(self) -> str:
         return "unparsed" if self.score is None else {1.0: "win", 0.0: "loss"}.get(self.score, "tie")
 
 
-def write_report(path: str | Path, result: Mapping[str, Any], rows: Sequence[Shown],
-                 slices: Iterable[tuple[str, float, float, float, int]] = ()) -> None:
+def write_report(path: str | Path, result: Mapping[str, Any], rows: Sequence[Shown]) -> None:
     """Write the report of a comparison to `path`.
 
     result: the result's line, as compare.py writes it; keys that it may have besides are shown where they are there.
-    slices: (name, win rate, low, high, n) of parts of the comparisons; without any, the data sets that rows name, with
-    Wilson intervals. Settings that look like keys or passwords are left out.
+    Settings that look like keys or passwords are left out.
     """
-    text = page(without_secrets(result), rows, [Slice(*one) for one in slices])
+    text = page(without_secrets(result), rows)
     write_atomically(Path(path), lambda file: file.write(text.encode()))
 
 
-def page(result: Mapping[str, Any], rows: Sequence[Shown], slices: Sequence[Slice]) -> str:
+def page(result: Mapping[str, Any], rows: Sequence[Shown]) -> str:
     style, script = ((PAGES / f"report.{kind}").read_text(encoding="utf-8") for kind in ("css", "js"))
     policy = (f"default-src 'none'; img-src data:; style-src '{digest(style)}'; script-src '{digest(script)}'; "
               "base-uri 'none'; form-action 'none'")
@@ -97,7 +99,7 @@ def page(result: Mapping[str, Any], rows: Sequence[Shown], slices: Sequence[Slic
             "finding": finding(result),
             "config": json.dumps(result.get("config"), indent=2, ensure_ascii=False, default=str),
         }.items()},
-        outcomes=outcome_bar(counts(result)), figures=figures(result), rates=rate_table(parts(result, rows, slices)),
+        outcomes=outcome_bar(counts(result)), figures=figures(result), rates=rate_table(parts(result, rows)),
         lengths=length_table(differences(rows), unit))
 
 
@@ -176,6 +178,10 @@ def figures(result: Mapping[str, Any]) -> str:
         lengths = result[side].get("lengths")
         if lengths:
             shown[f"Mean length, {result[side]['name']}"] = f"{sum(lengths) / len(lengths):.1f} {unit}"
+    for pair in result.get("kappa", []):
+        if pair["kappa"] is not None:
+            low, high = pair["interval"]
+            shown[f"Kappa, {' and '.join(pair['judges'])}"] = f"{pair['kappa']:.2f} ({low:.2f} to {high:.2f})"
     for key, value in flat({key: value for key, value in result.items() if key not in SHOWN_ELSEWHERE}).items():
         shown[LABELS.get(key, key.replace("_", " ").capitalize())] = number(value, lambda value: f"{value:,.4g}")
     return "".join(f"<div><dt>{safe(name)}</dt><dd>{safe(value)}</dd></div>" for name, value in shown.items())
@@ -199,19 +205,21 @@ def number(value: Any, form: Callable[[float], str]) -> str:
     return form(value) if isinstance(value, float) else str(value)
 
 
-def wilson(name: str, rows: Sequence[Shown], z: float = 1.96) -> Slice:
-    """The rows' win rate as compare.py counts it, a tie half a win and an unparsed verdict nobody's, with Wilson's
-    interval (1927); ties make it wider than it need be."""
-    n = len(rows)
-    rate = sum(row.score or 0.0 for row in rows) / n
-    middle, half = rate + z * z / (2 * n), z * math.sqrt(rate * (1 - rate) / n + z * z / (4 * n * n))
-    low, high = (middle - half) / (1 + z * z / n), (middle + half) / (1 + z * z / n)
-    return Slice(name, rate, max(low, 0.0), min(high, 1.0), n)
+def slice_of(name: str, rows: Sequence[Shown]) -> list[Slice]:
+    """The rows' win rate as compare.py counts it, with its interval; nothing where no verdict could be read."""
+    from winrates import estimate
+
+    read = [(row.score, row.prompt) for row in rows if row.score is not None]
+    if not read:
+        return []
+    scores, prompts = zip(*read, strict=True)
+    found = estimate(scores, prompts)
+    return [Slice(name, found.value, found.low, found.high, found.n)]
 
 
 def by_dataset(rows: Sequence[Shown]) -> list[Slice]:
     names = sorted({row.dataset for row in rows if row.dataset})
-    return [wilson(name, [row for row in rows if row.dataset == name]) for name in names]
+    return [part for name in names for part in slice_of(name, [row for row in rows if row.dataset == name])]
 
 
 def by_length(rows: Sequence[Shown]) -> list[Slice]:
@@ -221,11 +229,11 @@ def by_length(rows: Sequence[Shown]) -> list[Slice]:
         ours, theirs = row.lengths
         ratio = ours / theirs if theirs else math.inf if ours else 1.0
         parts[next(name for name, limit in BINS if ratio <= limit)].append(row)
-    return [wilson(name, part) for name, part in parts.items() if part]
+    return [found for name, part in parts.items() for found in slice_of(name, part)]
 
 
-def parts(result: Mapping[str, Any], rows: Sequence[Shown], slices: Sequence[Slice]) -> dict[str, Sequence[Slice]]:
-    """Win rates under a heading each: of all, by data set and by length."""
+def parts(result: Mapping[str, Any], rows: Sequence[Shown]) -> dict[str, Sequence[Slice]]:
+    """Win rates under a heading each: of all, by judge, by data set and by length."""
     overall = []
     if result["win_rate"] is not None and result["interval"] is not None:
         low, high = result["interval"]
@@ -234,7 +242,13 @@ def parts(result: Mapping[str, Any], rows: Sequence[Shown], slices: Sequence[Sli
     if controlled:
         low, high = controlled["interval"]
         overall.append(Slice("length-controlled", controlled["win_rate"], low, high, None))
-    return {"": overall, "By data set": slices or by_dataset(rows), "By length, candidate to baseline": by_length(rows)}
+    judges = []
+    for one in result.get("panel", []):
+        if one["win_rate"] is not None:
+            low, high = one["interval"]
+            judges.append(Slice(one["judge"], one["win_rate"], low, high, None))
+    return {"": overall, "By judge": judges, "By data set": by_dataset(rows),
+            "By length, candidate to baseline": by_length(rows)}
 
 
 def differences(rows: Sequence[Shown]) -> dict[str, list[int]]:

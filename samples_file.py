@@ -7,7 +7,7 @@ from collections import defaultdict
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from api_judge import notice
 from feedback import Markers
@@ -15,9 +15,22 @@ from local_judges import looks_like_path
 from utils import UserError, nearest
 
 
+class Pair(NamedTuple):
+    """Two responses to a prompt; dataset: where it is from, empty where that is not known."""
+
+    prompt: str
+    candidate: str
+    baseline: str
+    dataset: str = ""
+
+
 @dataclass(frozen=True)
 class SamplesFile:
-    """What `eval.py ++mode=sample` wrote: the run's config and, for each prompt, {prompt, chosen, policy}."""
+    """What `eval.py ++mode=sample` wrote: the run's config and, for each prompt, {prompt, chosen, policy}.
+
+    A list of {instruction, output, generator}, as AlpacaEval has it, is read as samples of the generator: `policy` is
+    the output, `chosen` the reference, where there is one.
+    """
 
     path: Path
     config: dict[str, Any]
@@ -32,11 +45,13 @@ class SamplesFile:
             raise UserError(f"--file: cannot read {path}: {error.strerror}; eval.py ++mode=sample writes one") from None
         except ValueError as error:  # not JSON, or not UTF-8
             raise UserError(f"--file: {path} is not JSON: {error}") from None
+        content = alpaca_samples(content) if isinstance(content, list) else content
         content = content if isinstance(content, dict) else {}
         config, samples = content.get("config") or {}, content.get("samples")
         rows_are_objects = isinstance(samples, list) and all(isinstance(sample, dict) for sample in samples)
         if not (isinstance(config, dict) and rows_are_objects):
-            raise UserError(f"--file: {path} is no samples file: {{config, samples: [{{prompt, chosen, policy}}]}}")
+            raise UserError(f"--file: {path} is no samples file: {{config, samples: [{{prompt, chosen, policy}}]}}, or "
+                            "AlpacaEval's [{instruction, output, generator}]")
         if not samples:
             raise UserError(f"--file: {path} has no samples; sample with ++n_samples above 0")
         return cls(path, config, samples)
@@ -49,6 +64,11 @@ class SamplesFile:
     def markers(self) -> Markers:
         return Markers.from_config(self.config)
 
+    @property
+    def datasets(self) -> list[str]:
+        """Where each prompt is from; empty where the file does not say."""
+        return [str(sample.get("dataset") or "") for sample in self.samples]
+
     def texts(self, option: str, key: str) -> list[str]:
         """The text under `key` of every sample; `option` is what the user gave the key with."""
         for number, sample in enumerate(self.samples, start=1):
@@ -60,16 +80,27 @@ class SamplesFile:
         return [sample[key] for sample in self.samples]
 
 
+def alpaca_samples(rows: list[Any]) -> dict[str, Any]:
+    """AlpacaEval's outputs as the content of a samples file; nothing where they are something else."""
+    if not all(isinstance(row, dict) and isinstance(row.get("instruction"), str) and "output" in row for row in rows):
+        return {}
+    prompts = [Markers().prompt([{"role": "user", "content": row["instruction"]}]) for row in rows]
+    names = list(dict.fromkeys(str(row.get("generator") or "") for row in rows))
+    return {"config": {"exp_name": " + ".join(filter(None, names))}, "samples": [
+        {"prompt": prompt, "policy": row["output"], **({"chosen": row["reference"]} if "reference" in row else {}),
+         "dataset": row.get("dataset")} for prompt, row in zip(prompts, rows, strict=True)]}
+
+
 def pair_up(ours: SamplesFile, theirs: SamplesFile, candidate_key: str, baseline_key: str,
-            history_key: str) -> list[tuple[str, str, str]]:
-    """(prompt, candidate, baseline) for every prompt that both files have, in our order; repeated ones match in order.
+            history_key: str) -> list[Pair]:
+    """A pair for every prompt that both files have, in our order; repeated ones match in order.
 
     Where the two runs have different markers, prompts are the same if their turns are.
     """
     prompts, candidates = ours.texts("--history_key", history_key), ours.texts("--candidate_key", candidate_key)
-    baselines = theirs.texts("--baseline_key", baseline_key)
+    baselines, datasets = theirs.texts("--baseline_key", baseline_key), ours.datasets
     if theirs is ours:
-        return list(zip(prompts, candidates, baselines, strict=True))
+        return list(map(Pair, prompts, candidates, baselines, datasets))
     same_markers = ours.markers == theirs.markers
 
     def identity(markers: Markers, prompt: str) -> Any:
@@ -80,9 +111,9 @@ def pair_up(ours: SamplesFile, theirs: SamplesFile, candidate_key: str, baseline
         text = baseline if same_markers else baseline.removesuffix(theirs.markers.assistant_suffix)
         waiting[identity(theirs.markers, prompt)].append(text)
     pairs = []
-    for prompt, candidate in zip(prompts, candidates, strict=True):
+    for prompt, candidate, dataset in zip(prompts, candidates, datasets, strict=True):
         if queue := waiting[identity(ours.markers, prompt)]:
-            pairs.append((prompt, candidate, queue.pop(0)))
+            pairs.append(Pair(prompt, candidate, queue.pop(0), dataset))
     if not pairs:
         raise UserError(f"--file2: {ours.path} and {theirs.path} have no prompt in common; sample both from the same "
                         "datasets with the same seed")

@@ -48,15 +48,26 @@ class Verdict:
     flipped: bool | None = None
     reasons: tuple[str, ...] = ()
 
+    @property
+    def score(self) -> float | None:
+        """The candidate's: 1 for a win, 1/2 for a tie, 0 for a loss; None where no verdict could be read."""
+        if self.winner is None:
+            return 0.5 if self.why == "tie" else None
+        return 1.0 if self.winner == "candidate" else 0.0
+
 
 @dataclass(frozen=True)
 class Comparison:
-    """Two responses to a formatted prompt, uncut, and the order in which a judge sees them, first or only."""
+    """Two responses to a formatted prompt, uncut, and the order in which a judge sees them, first or only.
+
+    dataset: where the prompt is from; empty where that is not known.
+    """
 
     prompt: str
     candidate: str
     baseline: str
     candidate_first: bool = True
+    dataset: str = ""
 
     def sides(self, orders: int) -> list[tuple[Side, Side]]:
         """Whose response stands first and second, a pair a request."""
@@ -84,3 +95,18 @@ class Comparison:
         if flipped or ours[0] == 0.5:
             return Verdict(None, choices, text, "tie", flipped, reasons)
         return Verdict("candidate" if ours[0] == 1 else "baseline", choices, text, "", flipped, reasons)
+
+
+def panel_verdict(verdicts: Sequence[Verdict], names: Sequence[str]) -> Verdict:
+    """What several judges' verdicts on one comparison come to: the majority's; a tie is half a vote for either side.
+
+    Who could not be read has no vote; where nobody could it is unparsed. The words say who voted how.
+    """
+    said = "; ".join(f"{name}: {verdict.winner or verdict.why}" for name, verdict in zip(names, verdicts, strict=True))
+    scores = [verdict.score for verdict in verdicts if verdict.score is not None]
+    if not scores:
+        return Verdict(None, text=said, why="unparsed")
+    mean = sum(scores) / len(scores)
+    if mean == 0.5:
+        return Verdict(None, text=said, why="tie")
+    return Verdict("candidate" if mean > 0.5 else "baseline", text=said)

@@ -7,17 +7,13 @@ hold the truth (docs/judging.md). Left out: difficulties of prompts, as AlpacaEv
 """
 
 import math
-from collections import Counter
 from collections.abc import Hashable, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 
 from utils import UserError
-
-if TYPE_CHECKING:
-    from judge import Verdict
 
 Array = np.ndarray
 Numbers = Sequence[float] | Array
@@ -34,13 +30,6 @@ class Estimate:
     low: float
     high: float
     n: int
-
-
-def score(verdict: "Verdict") -> float | None:
-    """The candidate's score; None where the verdict could not be read, which is nobody's win and kept apart."""
-    if verdict.winner is None:
-        return 0.5 if verdict.why == "tie" else None
-    return 1.0 if verdict.winner == "candidate" else 0.0
 
 
 def interval(scores: Numbers, clusters: Sequence[Hashable] | None = None, seed: int = 0,
@@ -206,68 +195,6 @@ def half_width(n: int, rate: float = 0.5, tie_share: float = 0.0, level: float =
     low, high = score_interval(n * (rate - tie_share / 2), n * tie_share, n * (1 - rate - tie_share / 2),
                                float(ndtri((1 + level) / 2)))
     return float(high - low) / 2
-
-
-class AnytimeInterval:
-    """An interval that may be looked at after every score, and that holds the truth at all times together.
-
-    Scores are bets: who stakes the share b of what he has on "above m" multiplies it by 1 + b (score - m), and if m is
-    the mean nobody wins in the long run. The interval has all m against which 16 gamblers, half of them betting above
-    and half below with fixed b from 0.1 to 1, have not yet made 1 / (1 - level) of their joint stake of 1, which by
-    Ville's inequality happens for the true mean with probability 1 - level at most (Waudby-Smith and Ramdas, 2023,
-    section 4; a mixture of bets as of Robbins, 1970). Wealth is convex in m, so that it is an interval. It needs no
-    grid of m, as their hedged one does, and was narrower from 200 comparisons on, wider before (docs/judging.md).
-
-    A score is any number from 0 to 1: where comparisons share a prompt, add the prompt's mean. Prompts must come in
-    random order.
-    """
-
-    bets = np.array([sign * bet for bet in np.geomspace(0.1, 0.999, 8) for sign in (1, -1)])
-
-    def __init__(self, level: float = 0.95):
-        self.level = level
-        self.counts: Counter[float] = Counter()
-
-    def add(self, score: float) -> None:
-        self.counts[float(checked([score])[0])] += 1
-
-    @property
-    def n(self) -> int:
-        return self.counts.total()
-
-    @property
-    def win_rate(self) -> float:
-        return sum(value * count for value, count in self.counts.items()) / self.n if self.n else 0.5
-
-    def log_wealth(self, m: float) -> float:
-        """What the gamblers have made together against the mean m, of a stake of 1."""
-        values, counts = np.array(list(self.counts)), np.array(list(self.counts.values()))
-        wealth = np.log1p(self.bets[:, None] * (values - m)) @ counts if self.n else np.zeros(len(self.bets))
-        return float(np.logaddexp.reduce(wealth)) - math.log(len(self.bets))
-
-    @property
-    def interval(self) -> tuple[float, float]:
-        return self.bound(0.0), self.bound(1.0)
-
-    def bound(self, outside: float) -> float:
-        if self.holds(outside):
-            return outside
-        inside = self.win_rate
-        for _ in range(30):
-            middle = (inside + outside) / 2
-            inside, outside = (middle, outside) if self.holds(middle) else (inside, middle)
-        return outside
-
-    def holds(self, m: float) -> bool:
-        return self.log_wealth(m) < -math.log(1 - self.level)
-
-    @property
-    def excludes_half(self) -> bool:
-        return not self.holds(0.5)
-
-    def narrower_than(self, width: float) -> bool:
-        low, high = self.interval
-        return high - low < width
 
 
 def logistic(X: Array, y: Array, groups: Array) -> tuple[Array, Array]:

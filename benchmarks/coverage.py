@@ -20,7 +20,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from measuring import table
 
 import winrates
-from winrates import AnytimeInterval, bootstrap_interval, effective_counts, score_interval
+from anytime import AnytimeInterval
+from winrates import bootstrap_interval, effective_counts, score_interval
 
 Array = np.ndarray
 NS, RATES, TIES = (10, 20, 50, 100, 200, 500, 1000), (0.5, 0.6, 0.8, 0.95, 0.99), (0.0, 0.2, 0.5)

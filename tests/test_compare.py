@@ -16,10 +16,11 @@ import pytest
 from judged import KEY, serve
 from test_judge import CHATML
 
-import compare
+import court
 import samples_file
 from compare import compare_files, main
 from judge import Answer, Docket, Question, Reading
+from outcome import table_of
 from utils import REPOSITORY, UserError
 from verdict_cache import VerdictCache
 
@@ -104,7 +105,7 @@ def test_the_command_of_the_contract(samples: Path, tmp_path: Path, monkeypatch:
                                      capsys: Screen) -> None:
     """Of 5 comparisons the policy wins the first in both orders, the third is unparsed, and 3 are ties that flip: 10
     requests, of which the second run sends none. Lengths are in words, as there is no tokenizer: 3, 2, 1, 1, 0 and 2,
-    1, 2, 1, 1. The win rate is (1 + 3 / 2) / 5."""
+    1, 2, 1, 1. The win rate is (1 + 3 / 2) / 4."""
     results = tmp_path / "result.jsonl"
     with Endpoint(by_content) as endpoint:
         serve(endpoint, monkeypatch)
@@ -116,7 +117,7 @@ def test_the_command_of_the_contract(samples: Path, tmp_path: Path, monkeypatch:
     assert first["candidate"] == {"name": "policy", "wins": 1, "lengths": [3, 2, 1, 1, 0]}
     assert first["baseline"] == {"name": "chosen", "wins": 0, "lengths": [2, 1, 2, 1, 1]}
     assert (first["total"], first["unparsed"], first["ties"], first["length_unit"]) == (5, 1, 3, "words")
-    assert (first["orders"], first["flips"], first["flip_rate"], first["win_rate"]) == (2, 3, 0.75, 0.5)
+    assert (first["orders"], first["flips"], first["flip_rate"], first["win_rate"]) == (2, 3, 0.75, 0.625)
     assert (first["judge"], first["exp_name"], first["seed"]) == ("gpt-4-0613", "kto-simple_llama7b", 0)
     assert first["config"] == json.loads(samples.read_text())["config"]
     assert (first["requests"], first["cached"], second["requests"], second["cached"]) == (10, 0, 0, 10)
@@ -152,10 +153,10 @@ def test_a_judge_that_scores_each_response_by_itself_is_asked_once(samples: Path
 
 
 def test_the_result_counts_every_comparison_once(samples: Path) -> None:
-    """2 wins, 1 loss, 1 tie, 1 unparsed of 5: a win rate of (2 + 1/2) / 5."""
+    """2 wins, 1 loss, 1 tie, 1 unparsed of 5: a win rate of (2 + 1/2) / 4."""
     result = compare_files(samples, LongerWins())
     assert (result["candidate"]["wins"], result["baseline"]["wins"], result["ties"], result["unparsed"]) == (2, 1, 1, 1)
-    assert result["win_rate"] == 0.5 and 0 <= result["interval"][0] < 0.5 < result["interval"][1] <= 1
+    assert result["win_rate"] == 0.625 and 0 <= result["interval"][0] < 0.5 < result["interval"][1] <= 1
     assert (result["judge"], result["flips"]) == ("longer", 0)
 
 
@@ -190,16 +191,16 @@ def test_the_table_is_aligned(samples: Path) -> None:
     equal = result["length_controlled"]
     controlled = {"win_rate": equal["win_rate"], "low": equal["interval"][0], "high": equal["interval"][1]}
     result.update(flips=1, flip_rate=0.25, requests=12, retries=2, tokens={"in": 900, "out": 30}, cost=0.0285)
-    assert compare.table_of(result).splitlines() == [
+    assert table_of(result).splitlines() == [
         "kto-simple_llama7b: 5 comparisons, judge longer, seed 0", "",
         "            wins   share  mean length (words)",
         "policy         2   40.0%                  1.4",
         "chosen         1   20.0%                  1.4",
         "ties           1   20.0%",
         "unparsed       1   20.0%", "",
-        f"win rate 50.0%, 95% interval {low} to {high} "
-        "(of all comparisons; a tie is half a win, an unparsed verdict nobody's)",
-        "at equal lengths {win_rate:.1%}, {low:.1%} to {high:.1%}; exact test against 50%: p = 1".format(**controlled),
+        f"win rate 62.5% [{low}, {high}] (95% interval; a tie is half a win, unparsed verdicts are left out)",
+        "exact test against 50%: p = 1",
+        "at equal lengths {win_rate:.1%} [{low:.1%}, {high:.1%}]".format(**controlled),
         "in 1 of the ties the judge changed its mind with the order (25.0% of what it judged)",
         "12 requests (2 retries), 0 answers known before, 900 tokens in, 30 out, $0.0285"]
 
@@ -307,7 +308,7 @@ def test_a_judge_that_stops_leaves_its_verdicts_and_no_result(samples: Path, tmp
     """It answers backwards: 7 of 10 requests are the last 3 comparisons and half of the second. The same again sends 3,
     and the table is as that of a run that was not stopped."""
     judges = [LongerWins(stop_after=7), LongerWins(), LongerWins()]
-    monkeypatch.setattr(compare, "make_judge", lambda *options: judges[0])
+    monkeypatch.setattr(court, "make_judge", lambda *options: judges[0])
     table, results = tmp_path / "all.csv", tmp_path / "results.jsonl"
     command = ["-f", str(samples), "-r", str(results), "-csv"]
     assert main([*command, str(table)]) == 2
@@ -322,7 +323,7 @@ def test_a_judge_that_stops_leaves_its_verdicts_and_no_result(samples: Path, tmp
 
 def test_verbose_shows_each_verdict(samples: Path, tmp_path: Path, monkeypatch: Patch,
                                     capsys: Screen) -> None:
-    monkeypatch.setattr(compare, "make_judge", lambda *options: LongerWins())
+    monkeypatch.setattr(court, "make_judge", lambda *options: LongerWins())
     assert main(["-f", str(samples), "-r", str(tmp_path / "r"), "-v", "true"]) == 0
     shown = capsys.readouterr().out
     assert "=> candidate: " in shown and shown.index(prompt("a")) < shown.index(prompt("e"))

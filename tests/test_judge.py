@@ -73,7 +73,7 @@ def test_a_judge_that_is_not_there_is_an_error_that_names_it(monkeypatch: Patch,
 
 
 def test_ties_are_half_a_win_and_unparsed_verdicts_nobodys() -> None:
-    """2 wins, 1 loss, 1 tie that flipped, 1 unparsed: (2 + 1/2) / 5 = 0.5.
+    """2 wins, 1 loss, 1 tie that flipped, 1 unparsed, which is left out: (2 + 1/2) / 4 = 0.625.
 
     The sign test has 2 wins and 1 loss, 2 (1 + 3) / 2^3 = 1; lengths tell nothing, all alike: of the 4 verdicts that
     were read and the prior's tie, (2 + 1/2 + 1/2) / 5 = 0.6.
@@ -82,7 +82,7 @@ def test_ties_are_half_a_win_and_unparsed_verdicts_nobodys() -> None:
         Verdict("baseline"), Verdict(None, why="tie", flipped=True), Verdict(None, why="unparsed")]
     summary = summarise(asked(5), verdicts, [[3] * 5, [3] * 5])
     assert (summary.total, summary.candidate_wins, summary.baseline_wins) == (5, 2, 1)
-    assert (summary.ties, summary.unparsed, summary.flips, summary.win_rate) == (1, 1, 1, 0.5)
+    assert (summary.ties, summary.unparsed, summary.flips, summary.win_rate) == (1, 1, 1, 0.625)
     assert summary.p_value == 1 and summary.controlled is not None
     assert summary.controlled.win_rate == pytest.approx(0.6)
     assert summarise(asked(1), [Verdict("baseline")], [[3], [4]]).flips is None

@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 
 from charts import safe
-from report import PAGES, Shown, by_length, wilson, without_secrets, write_report
+from report import PAGES, Shown, by_length, slice_of, without_secrets, write_report
 
 BROWSER = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
 in_a_browser = pytest.mark.skipif(not BROWSER, reason="no chromium on this machine")
@@ -44,8 +44,8 @@ def result_of(rows: Sequence[Shown], **more: Any) -> dict[str, Any]:
             "interval": [0.125, 0.752], "length_unit": "tokens", **more}
 
 
-def report(path: Path, rows: Sequence[Shown] = ROWS, slices: Any = (), **more: Any) -> str:
-    write_report(path / "report.html", result_of(rows, **more), rows, slices)
+def report(path: Path, rows: Sequence[Shown] = ROWS, **more: Any) -> str:
+    write_report(path / "report.html", result_of(rows, **more), rows)
     return (path / "report.html").read_text(encoding="utf-8")
 
 
@@ -89,19 +89,29 @@ def test_the_finding_follows_the_interval(tmp_path: Path, interval: list[float],
     assert said in words_of(report(tmp_path, interval=interval))
 
 
-def test_wilson_interval() -> None:
+def test_a_part_without_ties_has_wilsons_interval() -> None:
     """5 of 10: the middle is 1/2, and half the width 1.96 sqrt(1/40 + 1.96^2/400) / (1 + 1.96^2/10) = 0.2634."""
-    part = wilson("half", [ROWS[0], ROWS[1]] * 5)
+    rows = [Shown(f"prompt {number}", "a", "b", float(number % 2)) for number in range(10)]
+    [part] = slice_of("half", rows)
     assert part == pytest.approx(("half", 0.5, 0.23659, 0.76341, 10), abs=1e-5)
-    certain = wilson("all", [ROWS[0]] * 10)
-    assert (certain.win_rate, certain.high) == (1.0, 1.0) and certain.low == pytest.approx(10 / 13.8416)
+    [certain] = slice_of("all", rows[1::2])
+    assert (certain.win_rate, certain.high) == (1.0, 1.0) and certain.low == pytest.approx(5 / 8.8416, abs=1e-5)
+    assert slice_of("none", [Shown("p", "a", "b", None)]) == []
 
 
-def test_data_sets_come_from_rows_or_are_passed_in(tmp_path: Path) -> None:
-    """maps: a win, a tie and an unparsed verdict, (1 + 1/2 + 0) / 3."""
-    assert re.search(r"By data set maps 50.0% \S+ to \S+ n 3 sizes 0.0% ", words_of(report(tmp_path)))
-    shown = words_of(report(tmp_path, slices=[("seas", 0.7, 0.6, 0.8, 99)]))
-    assert "By data set seas 70.0% 60.0% to 80.0% n 99 By length" in shown
+def test_data_sets_come_from_rows(tmp_path: Path) -> None:
+    """maps: a win, a tie and an unparsed verdict, which is left out: (1 + 1/2) / 2."""
+    assert re.search(r"By data set maps 75.0% \S+ to \S+ n 2 sizes 0.0% ", words_of(report(tmp_path)))
+
+
+def test_a_panel_is_shown_judge_by_judge(tmp_path: Path) -> None:
+    panel = [{"judge": "strict", "win_rate": 0.25, "interval": [0.2, 0.3]},
+             {"judge": "mute", "win_rate": None, "interval": [0.0, 1.0]}]
+    kappa = [{"judges": ["strict", "mild"], "kappa": 0.5, "interval": [0.25, 0.75], "n": 4},
+             {"judges": ["strict", "mute"], "kappa": None, "interval": None, "n": 0}]
+    shown = words_of(report(tmp_path, panel=panel, kappa=kappa))
+    assert "By judge strict 25.0% 20.0% to 30.0% By data set" in shown
+    assert "Kappa, strict and mild 0.50 (0.25 to 0.75)" in shown and "strict and mute" not in shown
 
 
 def test_parts_by_length() -> None:
@@ -124,8 +134,8 @@ def test_texts_come_through_whole_and_cannot_leave_their_place(tmp_path: Path) -
 def test_names_and_settings_are_escaped(tmp_path: Path, text: str) -> None:
     rows = [Shown("p", "a", "b", 1.0, dataset=text)]
     more = {"exp_name": text, "judge": text, "config": {text: text}, "length_unit": text, "extra": text, text: 1}
-    page = report(tmp_path, rows, slices=[(text, 0.5, 0.4, 0.6, 3)], **more)
-    plain = report(tmp_path, [Shown("p", "a", "b", 1.0, dataset="x")], slices=[("x", 0.5, 0.4, 0.6, 3)],
+    page = report(tmp_path, rows, **more)
+    plain = report(tmp_path, [Shown("p", "a", "b", 1.0, dataset="x")],
                    **{"exp_name": "x", "judge": "x", "config": {"x": "x"}, "length_unit": "x", "extra": "x", "x": 1})
     tags = re.compile(r"</?[a-z!][^>]*>", re.IGNORECASE)
     assert tags.findall(page) == tags.findall(plain)

@@ -4,7 +4,7 @@ from typing import Any
 
 import pytest
 
-from verdicts import Comparison, Reading
+from verdicts import Comparison, Reading, Verdict, panel_verdict
 
 COMPARISON = Comparison("p", "ours", "theirs", candidate_first=False)
 
@@ -26,3 +26,21 @@ def test_who_is_better_in_every_order_wins(first: tuple[float | None, ...], expe
     candidate twice, 1 and 1 once for each."""
     verdict = COMPARISON.verdict([Reading(one) for one in first], "12")
     assert (verdict.winner, verdict.choices, verdict.why, verdict.flipped) == expected
+
+
+WON, LOST, TIED, FLIPPED, SILENT = (Verdict("candidate"), Verdict("baseline"), Verdict(None, why="tie"),
+                                    Verdict(None, why="tie", flipped=True), Verdict(None, why="unparsed"))
+
+
+def test_scores_of_verdicts() -> None:
+    assert [verdict.score for verdict in (WON, LOST, TIED, FLIPPED, SILENT)] == [1.0, 0.0, 0.5, 0.5, None]
+
+
+@pytest.mark.parametrize(("votes", "score"), [
+    ([WON, WON, LOST], 1.0), ([WON, LOST], 0.5), ([WON, TIED], 1.0), ([LOST, TIED, TIED], 0.0),
+    ([WON, LOST, TIED], 0.5), ([WON, SILENT], 1.0), ([LOST, SILENT, SILENT], 0.0), ([SILENT, SILENT], None),
+    ([TIED, FLIPPED], 0.5)])
+def test_a_panel_decides_by_majority(votes: list[Verdict], score: float | None) -> None:
+    """A tie is half a vote for either side, and who could not be read has none."""
+    verdict = panel_verdict(votes, "abc"[:len(votes)])
+    assert verdict.score == score and verdict.text.count(": ") == len(votes)

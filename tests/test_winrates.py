@@ -10,10 +10,8 @@ import numpy as np
 import pytest
 
 import winrates
-from judge import Verdict
 from utils import REPOSITORY, UserError
 from winrates import (
-    AnytimeInterval,
     agreement,
     bradley_terry,
     by_prompt,
@@ -25,7 +23,6 @@ from winrates import (
     length_bias,
     length_controlled,
     position_bias,
-    score,
     score_interval,
     sign_test,
 )
@@ -42,12 +39,6 @@ def benchmark() -> Any:
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     return module
-
-
-def test_scores_of_verdicts() -> None:
-    verdicts = [Verdict("candidate"), Verdict("baseline"), Verdict(None, why="tie"),
-                Verdict(None, why="tie", flipped=True), Verdict(None, why="unparsed")]
-    assert [score(verdict) for verdict in verdicts] == [1.0, 0.0, 0.5, 0.5, None]
 
 
 def test_without_ties_the_interval_is_wilsons() -> None:
@@ -211,63 +202,6 @@ def test_prompts_with_several_comparisons_hold_the_truth(benchmark: Any, both_or
     for prompts, rate in ((50, 0.8), (200, 0.95)):
         by_score, by_bootstrap = benchmark.clusters(prompts, rate, 0.0, both_orders, 1000, 300)
         assert 0.93 <= by_score <= 0.975 and by_bootstrap > 0.91
-
-
-def test_before_any_score_the_anytime_interval_is_everything() -> None:
-    anytime = AnytimeInterval()
-    assert (anytime.n, anytime.interval, anytime.excludes_half) == (0, (0.0, 1.0), False)
-    assert not anytime.narrower_than(1.0)
-
-
-def test_wealth_by_hand() -> None:
-    """Bets come in pairs b and -b. Against 1/2, a win makes 1 + b/2 of them: together 1. Two wins make (1 + b/2)^2, 1 +
-    mean b^2 / 4; b^2 runs from 0.01 in equal ratios r = (99.8001)^(1/7) to 0.998001.
-    """
-    anytime = AnytimeInterval()
-    anytime.add(1)
-    assert anytime.log_wealth(0.5) == pytest.approx(0)
-    anytime.add(1)
-    r = 99.8001 ** (1 / 7)
-    mean = 0.01 * (r**8 - 1) / (r - 1) / 8
-    assert anytime.log_wealth(0.5) == pytest.approx(math.log(1 + mean / 4))
-
-
-def test_anytime_bounds_are_where_wealth_is_20() -> None:
-    anytime = AnytimeInterval()
-    for value in [1, 1, 0.5, 0, 1, 0.25] * 40:
-        anytime.add(value)
-    low, high = anytime.interval
-    assert low < anytime.win_rate < high and anytime.win_rate == pytest.approx(0.625)
-    assert [anytime.log_wealth(bound) for bound in (low, high)] == pytest.approx([math.log(20)] * 2, abs=1e-4)
-    assert anytime.excludes_half == (low > 0.5)
-    assert anytime.narrower_than(high - low + 0.01) and not anytime.narrower_than(high - low - 0.01)
-
-
-def test_anytime_interval_does_not_depend_on_the_order() -> None:
-    forwards, backwards = AnytimeInterval(), AnytimeInterval()
-    values = [1, 0, 0, 0.5, 1, 1, 1]
-    for ours, theirs in zip(values, reversed(values), strict=True):
-        forwards.add(ours)
-        backwards.add(theirs)
-    assert forwards.interval == pytest.approx(backwards.interval)
-
-
-def test_anytime_interval_tells_wins_from_chance() -> None:
-    """n wins make at most (3/2)^n: 7 do not make 20. The largest bet alone, a sixteenth of the stake, makes 20 with
-    1.4995^15 / 16 = 27.3.
-    """
-    anytime = AnytimeInterval()
-    while not anytime.excludes_half:
-        anytime.add(1)
-    assert 8 <= anytime.n <= 15 and anytime.interval[0] > 0.5
-
-
-def test_looking_all_the_time_holds_the_truth(benchmark: Any) -> None:
-    for rate, ties in ((0.5, 0.0), (0.6, 0.5), (0.95, 0.0)):
-        held, _, _ = benchmark.sequential(rate, ties, 1000, steps=300)
-        assert held >= 0.95
-    _, told, median = benchmark.sequential(0.8, 0.0, 500, steps=200)
-    assert told > 0.99 and median < 40
 
 
 def test_length_controlled_without_lengths_is_the_win_rate_with_half_a_win_more() -> None:

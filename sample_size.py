@@ -1,0 +1,50 @@
+"""How many comparisons it takes: `python compare.py --plan 0.05 [-f samples.json]`."""
+
+from collections.abc import Sequence
+from pathlib import Path
+
+from court import Asking
+from docket import BYTES_A_TOKEN
+from samples_file import SamplesFile
+from utils import UserError
+
+EFFECTS = (0.02, 0.03, 0.05, 0.1, 0.2)
+TIES = (0.0, 0.2, 0.5)
+MAX_TOKENS_OF_A_CHOICE = 10
+
+
+def plan(effects: Sequence[float], how: Asking, file: str | None = None, max_comp: int | None = None) -> str:
+    """What `--plan` prints: comparisons for win rates of 50% and so much more, and what those of `file` would tell and
+    cost. effects: shares from 0 to 1/2; none are EFFECTS."""
+    from winrates import comparisons_needed, half_width
+
+    wrong = [effect for effect in effects if not 0 < abs(effect) < 0.5]
+    if wrong:
+        raise UserError(f"--plan: got {wrong[0]:g}; give what a win rate is off 50% by, above 0 and below 0.5, as in "
+                        "0.05 for 55%")
+    said = ["comparisons after which a win rate is told from 50%, in 80 of 100 experiments:", "",
+            f"{'win rate':>8}" + "".join(f"  {f'{ties:.0%} ties':>8}" for ties in TIES)]
+    for effect in effects or EFFECTS:
+        needed = [comparisons_needed(effect, tie_share=ties) if abs(effect) < (1 - ties) / 2 else None for ties in TIES]
+        said.append(f"{0.5 + effect:>8.1%}" + "".join(f"  {'' if n is None else n:>8}" for n in needed))
+    if file:
+        samples = SamplesFile.read(file)
+        n = min(len(samples.samples), max_comp or len(samples.samples))
+        widths = ", ".join(f"{half_width(n, tie_share=ties):.1%} with {ties:.0%} ties" for ties in TIES)
+        said += ["", f"{n} comparisons of {Path(file).name}: 95% interval of about +- {widths}"]
+        said.append(forecast(samples, n, how))
+    return "\n".join(said)
+
+
+def forecast(samples: SamplesFile, n: int, how: Asking) -> str:
+    """Requests, tokens by their bytes, and dollars at most, where every response is as long as the policy's."""
+    words = how.words(samples.markers)
+    bill, times = how.bill(), how.orders * len(how.several)
+    size = 0
+    for prompt, text in list(zip(samples.texts("--history_key", "prompt"),
+                                 samples.texts("--candidate_key", "policy"), strict=True))[:n]:
+        said = words.messages(prompt, (text, text))
+        size += sum(len(message["content"].encode(errors="replace")) for message in said)
+    tokens_in, tokens_out = times * size / BYTES_A_TOKEN, times * n * MAX_TOKENS_OF_A_CHOICE
+    cost = f", some ${bill.dollars(tokens_in, tokens_out):.2f}" if bill.price else " (--price tells what that costs)"
+    return f"{times * n} requests, some {tokens_in:,.0f} tokens in and {tokens_out:,} out at most{cost}"
