@@ -73,7 +73,8 @@ def sample(config: "DictConfig") -> None:
         "sampled_at": datetime.now().astimezone().isoformat(timespec="seconds"),
         "config": OmegaConf.to_container(config),
         "samples": [{"prompt": example.prompt, "chosen": target(example).removesuffix(config.assistant_suffix),
-                     "policy": text} for example, text in zip(examples, answers, strict=True)]})
+                     "policy": text, "dataset": example.dataset_name}
+                    for example, text in zip(examples, answers, strict=True)]})
     print(f"wrote {len(answers):,} samples to {file}", file=sys.stderr)
 
 

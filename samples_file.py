@@ -26,7 +26,7 @@ class Pair(NamedTuple):
 
 @dataclass(frozen=True)
 class SamplesFile:
-    """What `eval.py ++mode=sample` wrote: the run's config and, for each prompt, {prompt, chosen, policy}.
+    """What `eval.py ++mode=sample` wrote: the run's config and, for each prompt, {prompt, chosen, policy, dataset}.
 
     A list of {instruction, output, generator}, as AlpacaEval has it, is read as samples of the generator: `policy` is
     the output, `chosen` the reference, where there is one.

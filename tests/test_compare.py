@@ -394,8 +394,8 @@ def test_money_that_is_spent_stops_the_run_and_the_same_command_goes_on(samples:
 
 
 @pytest.mark.parametrize(("content", "message"), [
-    (None, "cannot read"), ('{"samples": [', "is not JSON"), ("[]", "no samples file"),
-    ('{"samples": ["a"]}', "no samples file"), ('{"samples": []}', "has no samples"),
+    (None, "cannot read"), ('{"samples": [', "is not JSON"), ("[]", "has no samples"),
+    ('[{"instruction": 1}]', "no samples file"), ('{"samples": ["a"]}', "no samples file"), ('{"samples": []}', "has no samples"),
     ('{"samples": [{"prompt": "a", "policy": "b"}]}', r"no 'chosen' \(it has prompt, policy\)"),
     ('{"samples": [{"prompt": "a", "chosen": null, "policy": "b"}]}', "'chosen' of sample 1 .* is not a text: None")])
 def test_a_bad_samples_file_is_told_in_words(tmp_path: Path, content: str | None, message: str) -> None:
@@ -414,8 +414,10 @@ def test_a_bad_samples_file_is_told_in_words(tmp_path: Path, content: str | None
     ("-csv {folder}", "--save_csv: cannot write .* it is a folder"), ("-l 1", "two different characters"),
     ("-j rm:/no/such", "--judge rm:/no/such: no such folder"), ("-j hf:/no/such", "--judge hf:/no/such"),
     ("-j x:y", "--judge: got 'x:y'"), ("--max_cost 1", "--max_cost: needs --price"), ("--max_requests -1", "--max_req"),
+    ("--until_width 2", "--until_width: got 2"), ("-j a -j b --until_width 0.1", "--until_width: got 2 judges"),
+    ("-j a -j a", "--judge: a is named twice"),
     ("--template no.txt", "--template: cannot read no.txt"), ("-j rm:{folder} --reason", "--reason: --judge rm:"),
- ("", "OPENAI_API_KEY is not set")])
+    ("", "OPENAI_API_KEY is not set")])
 def test_a_mistake_on_the_command_line_ends_with_2_before_anything_is_judged(
         samples: Path, tmp_path: Path, monkeypatch: Patch, capsys: Screen, options: str, message: str) -> None:
     for name in ("OPENAI_API_KEY", "OPENAI_BASE_URL"):

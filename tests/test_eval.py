@@ -176,7 +176,8 @@ def chosen_by_prompt() -> dict[str, str]:
 
 
 def test_a_samples_file_has_the_layout_of_the_contract(some: dict[str, Any]) -> None:
-    """prompt: in its markers. chosen: the answer to imitate, without the marker and the EOS that end it."""
+    """prompt: in its markers. chosen: the answer to imitate, without the marker and the EOS that end it. Beside the
+    contract's keys, the name of the data set."""
     assert set(some) == {"sampled_at", "config", "samples"}
     assert datetime.fromisoformat(some["sampled_at"]).tzinfo is not None
     assert some["config"]["exp_name"] == "sft" and some["config"]["model"]["name_or_path"] == "examples/tiny"
@@ -184,7 +185,7 @@ def test_a_samples_file_has_the_layout_of_the_contract(some: dict[str, Any]) -> 
     assert len(expected) == N_PROMPTS
     assert len(some["samples"]) == len({sample["prompt"] for sample in some["samples"]}) == 5
     for sample in some["samples"]:
-        assert set(sample) == {"prompt", "chosen", "policy"}
+        assert set(sample) == {"prompt", "chosen", "policy", "dataset"} and sample["dataset"] == "demo"
         assert sample["chosen"] == expected[sample["prompt"]]
         assert "<|endoftext|>" not in sample["policy"] and "<|end|>" not in sample["policy"]
 

@@ -1,0 +1,134 @@
+"""How judges are asked: until enough is known, as a panel, about samples from elsewhere; and what it will take."""
+
+import csv
+import json
+import re
+from collections.abc import Sequence
+from pathlib import Path
+
+import pytest
+from judged import serve
+from test_compare import LongerWins, by_content, elsewhere, prompt, samples, write_samples
+
+from compare import compare_files, main
+from judge import Answer, Docket, Question
+from outcome import table_of
+from utils import UserError
+from verdict_cache import VerdictCache
+
+from endpoint import Endpoint  # isort: skip  # of benchmarks/, which `judged` puts on the path
+
+__all__ = ["elsewhere", "samples"]  # fixtures
+
+Patch = pytest.MonkeyPatch
+Screen = pytest.CaptureFixture[str]
+
+
+def test_it_stops_where_enough_is_known(tmp_path: Path, capsys: Screen) -> None:
+    """The policy wins everywhere: 8 to 15 prompts exclude 50% (tests/test_anytime.py). The judge answers backwards, and
+    one at a time, so that all questions before the last that counts must be asked; those after it need not be."""
+    file = write_samples(tmp_path / "run.json", [(prompt(str(i)), "a.", "longer.") for i in range(100)])
+    judges = LongerWins(), LongerWins()
+    judges[0].ask = lambda questions, docket: in_order(judges[0], questions, docket)
+    results = [compare_files(file, judge, until_width=0.05, cache=tmp_path / "cache") for judge in judges]
+    result = results[0]
+    assert 8 <= result["total"] <= 15 and len(judges[0].seen) == 2 * result["total"] and not judges[1].seen
+    assert result["stopped"] == "the interval excludes 50%" and result["interval"][0] > 0.5 > result["p_value"]
+    assert len(result["candidate"]["lengths"]) == result["total"] == result["candidate"]["wins"]
+    assert {**result, "date": 0, "cached": 0} == {**results[1], "date": 0, "cached": 0}
+    assert f"stopped after {result['total']}: the interval excludes 50%" in table_of(result)
+    assert "no result is written" not in capsys.readouterr().err
+
+
+def in_order(judge: LongerWins, questions: Sequence[Question], docket: Docket) -> None:
+    for number, question in enumerate(questions):
+        if docket.state(number) == "ask":
+            judge.seen.append(question)
+            docket.take(number, Answer(" against ".join(question.responses)))
+
+
+def test_where_it_need_not_stop_all_are_judged_in_random_order(tmp_path: Path) -> None:
+    rows = [(prompt(str(i)), "a.", "longer." if i % 2 else ".") for i in range(30)]
+    judge, plain = LongerWins(), LongerWins()
+    result = compare_files(write_samples(tmp_path / "run.json", rows), judge, until_width=0.0)
+    compare_files(tmp_path / "run.json", plain)
+    assert (result["total"], result["stopped"], result["win_rate"]) == (30, "all were judged", 0.5)
+    assert sorted(judge.seen) == sorted(plain.seen) and judge.seen != plain.seen
+
+
+def test_an_endpoint_is_asked_no_more_than_it_takes(tmp_path: Path, monkeypatch: Patch) -> None:
+    """8 in flight may be answered after the last that counts; their answers are kept."""
+    file = write_samples(tmp_path / "run.json", [(prompt(str(i)), "a.", "three four five.") for i in range(200)])
+    with Endpoint(by_content) as endpoint:
+        serve(endpoint, monkeypatch)
+        assert main(["-f", str(file), "-r", "r", "--concurrency", "8", "--until-width", "0.1"]) == 0
+    result = json.loads((tmp_path / "r").read_text())
+    assert 8 <= result["total"] <= 15 and 2 * result["total"] <= len(endpoint.requests) <= 2 * result["total"] + 16
+    assert len(VerdictCache(tmp_path / ".cache/verdicts.jsonl").answers) == len(endpoint.requests)
+
+
+def test_a_panel_decides_by_majority_and_says_how_far_its_judges_agree(samples: Path, tmp_path: Path) -> None:
+    """By length: won, won, lost, tied, not read. The one that likes "x" flips on "x." against "y z.", the other way
+    round it agrees: scores 1, 1/2, 0, 1/2, none. The panel, with twice the first: 1, 1, 0, 1/2, none."""
+    judges = [LongerWins(), LongerWins(), LongerWins(likes_first="x")]
+    for judge, name in zip(judges, ("first", "second", "third"), strict=True):
+        judge.name = name
+    result = compare_files(samples, judges, save_csv=tmp_path / "all.csv", report=tmp_path / "out.html")
+    assert (result["candidate"]["wins"], result["baseline"]["wins"], result["ties"], result["unparsed"]) == (2, 1, 1, 1)
+    assert result["judge"] == "first + second + third" and "flips" not in result
+    assert [(part["judge"], part["win_rate"], part["flips"]) for part in result["panel"]] == [
+        ("first", 0.625, 0), ("second", 0.625, 0), ("third", 0.5, 1)]
+    assert [(pair["judges"], pair["n"]) for pair in result["kappa"]] == [
+        (["first", "second"], 4), (["first", "third"], 4), (["second", "third"], 4)]
+    kappas = [pair["kappa"] for pair in result["kappa"]]  # 3 of 4 equal; by chance (2 1 + 1 2 + 1 1) / 16 = 5/16
+    assert kappas == pytest.approx([1.0, (3 / 4 - 5 / 16) / (1 - 5 / 16), (3 / 4 - 5 / 16) / (1 - 5 / 16)])
+    with (tmp_path / "all.csv").open(newline="") as file:
+        assert [row["judge"] for row in csv.DictReader(file)] == ["first"] * 10 + ["second"] * 10 + ["third"] * 10
+    page = (tmp_path / "out.html").read_text()
+    [data] = re.findall(r'<script type="application/json"[^>]*>(.*?)</script>', page, re.DOTALL)
+    assert [len(row["verdicts"]) for row in json.loads(data)["rows"]] == [6] * 5 and "By judge" in page
+    screen = table_of(result)
+    assert "by third alone: 50.0%" in screen and "kappa of first and third: 0.64 [" in screen
+
+
+def test_of_several_data_sets_each_has_its_own_win_rate(tmp_path: Path) -> None:
+    """hh: won, lost; shp: won, not read, which is left out."""
+    file = write_samples(tmp_path / "run.json", [(prompt("a"), "x", "xx"), (prompt("b"), "xx", "x"),
+                                                 (prompt("c"), "x", "xx"), (prompt("d"), "x", "")])
+    content = json.loads(file.read_text())
+    for sample, name in zip(content["samples"], ("hh", "hh", "shp", "shp"), strict=True):
+        sample["dataset"] = name
+    file.write_text(json.dumps(content))
+    result = compare_files(file, LongerWins(), report=tmp_path / "out.html")
+    assert {name: (part["total"], part["win_rate"]) for name, part in result["datasets"].items()} == {
+        "hh": (2, 0.5), "shp": (2, 1.0)}
+    assert "on hh (2): 50.0% [" in table_of(result) and "By data set" in (tmp_path / "out.html").read_text()
+
+
+def test_outputs_of_alpacaeval_are_samples_of_their_generator(tmp_path: Path) -> None:
+    """Matched by instruction, by their place in no file; the reference is `chosen`."""
+    for name, rows in {"gpt": [("Hi?", "hello there", None), ("Bye?", "no", None)],
+                       "kto": [("Bye?", "nope", "see you"), ("Hi?", "hello", "hey")]}.items():
+        (tmp_path / f"{name}.json").write_text(json.dumps([
+            {"instruction": ask, "output": text, "generator": name, **({"reference": good} if good else {})}
+            for ask, text, good in rows]))
+    result = compare_files(tmp_path / "kto.json", LongerWins(), file2=tmp_path / "gpt.json")
+    assert (result["candidate"]["name"], result["baseline"]["name"]) == ("kto:policy", "gpt:policy")
+    assert (result["exp_name"], result["candidate"]["wins"], result["baseline"]["wins"]) == ("kto", 1, 1)
+    judge = LongerWins()
+    assert compare_files(tmp_path / "kto.json", judge)["total"] == 2
+    assert judge.in_order[0].prompt == prompt("Bye?") and set(judge.in_order[0].responses) == {"nope", "see you"}
+    with pytest.raises(UserError, match=r"--baseline_key: sample 1 of .*gpt.json has no 'chosen'"):
+        compare_files(tmp_path / "gpt.json", LongerWins())
+
+
+def test_a_plan_judges_nothing(samples: Path, monkeypatch: Patch, capsys: Screen) -> None:
+    """783 for 55% (docs/judging.md). 5 comparisons in both orders by one judge are 10 requests."""
+    monkeypatch.delenv("OPENAI_API_KEY", raising=False)
+    assert main(["--plan", "0.05"]) == 0
+    assert re.search(r"\n +55.0% +783 +626 +391$", capsys.readouterr().out.rstrip())
+    assert main(["-f", str(samples), "--plan", "--price", "30", "60"]) == 0
+    shown = capsys.readouterr().out
+    assert "5 comparisons of kto-simple_llama7b.json: " in shown and "10 requests, some " in shown
+    assert "some $0." in shown
+    assert main(["--plan", "5"]) == 2 and "--plan: got 5" in capsys.readouterr().err
