@@ -102,4 +102,5 @@ def test_comparisons_of_one_prompt_count_as_less_than_as_many_prompts() -> None:
 
 def test_where_no_verdict_could_be_read_nothing_is_said_of_lengths() -> None:
     summary = summarise(asked(2), [Verdict(None, why="unparsed")] * 2, [[3, 4], [5, 6]])
-    assert summary.controlled is None and summary.p_value == 1 and summary.win_rate == 0
+    assert summary.controlled is None and summary.p_value == 1 and summary.win_rate is None
+    assert summary.interval == (0.0, 1.0)
