@@ -145,12 +145,13 @@ class Suite:
         return [json.loads(line) for line in self.results.read_text().splitlines()] if self.results.is_file() else []
 
     def verdict(self, run: Run, judge: str | None = None) -> dict[str, Any] | None:
-        """The last comparison of the run's samples, by this judge or (None) by any."""
+        """The last comparison of the run's samples with the data's own, by this judge or (None) by any."""
         if not newer(self.samples_of(run), self.weights(run)):
             return None
         sampled = int(self.samples_of(run).stat().st_mtime)  # whole seconds, as dates are written
         lines = [line for line in self.verdicts if line["exp_name"] == run.name and "win_rate" in line
-                 and judge in (None, line["judge"]) and datetime.fromisoformat(line["date"]).timestamp() >= sampled]
+                 and line["baseline"]["name"] == "chosen" and judge in (None, line["judge"])
+                 and datetime.fromisoformat(line["date"]).timestamp() >= sampled]
         return lines[-1] if lines else None
 
     # Commands --------------------------------------------------------------------------------------------------------
@@ -225,5 +226,7 @@ def newer(file: Path, weights: Path) -> bool:
 
 
 def rate(verdict: dict[str, Any]) -> str:
+    if verdict["win_rate"] is None:
+        return f"no verdict that could be read by {verdict['judge']}"
     low, high = verdict["interval"]
     return f"{verdict['win_rate']:.1%} [{low:.1%}, {high:.1%}] by {verdict['judge']}"

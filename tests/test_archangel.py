@@ -55,7 +55,7 @@ def test_runs_are_trained_sampled_and_listed_and_nothing_is_done_twice(tmp_path:
     assert archangel.main(["sample", "sft,sft+kto", "tiny", *words, "++n_samples=2"]) == 0
     assert len(called) == 4
     line = {"exp_name": "archangel_sft_tiny", "date": "2200-01-01T00:00:00", "judge": "j", "win_rate": 0.5,
-            "interval": [0.25, 0.75]}
+            "interval": [0.25, 0.75], "baseline": {"name": "chosen"}}
     (tmp_path / "results.jsonl").write_text(json.dumps(line) + "\n")
     capsys.readouterr()
     assert archangel.main(["list", "sft,sft+kto,kto", "tiny", *results, *words]) == 0

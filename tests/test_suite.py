@@ -154,10 +154,12 @@ def test_a_verdict_is_of_the_samples_that_are_there(suite: Suite) -> None:
     """One before the samples does not count, nor another run's; of several the last, by the judge that is asked for."""
     run = Run("kto", "tiny")
     write_samples(suite, run, 512)
-    about = {"exp_name": run.name, "judge": "a", "date": "2200-01-01T00:00:00+00:00", "interval": [0.25, 0.75]}
+    about = {"exp_name": run.name, "judge": "a", "date": "2200-01-01T00:00:00+00:00", "interval": [0.25, 0.75],
+             "baseline": {"name": "chosen"}}
     lines: list[dict[str, Any]] = [{**about, "win_rate": 0.1, "date": "2001-01-01T00:00:00+00:00"},
                                    {**about, "win_rate": 0.2}, {**about, "win_rate": 0.3, "judge": "b"},
-                                   {**about, "win_rate": 0.4, "exp_name": "another"}]
+                                   {**about, "win_rate": 0.4, "exp_name": "another"},
+                                   {**about, "win_rate": 0.5, "baseline": {"name": "archangel_dpo_tiny:policy"}}]
     suite.results.write_text("".join(json.dumps(line) + "\n" for line in lines))
     found = {judge: suite.verdict(run, judge) for judge in (None, "a", "c")}
     assert [line and line["win_rate"] for line in found.values()] == [0.3, 0.2, None]
