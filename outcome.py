@@ -62,12 +62,12 @@ class Outcome:
         judges, by_judge = self.heard.judges, self.heard.by_judge
         if len(judges) < 2:
             return {}
-        everything = range(len(self.comparisons))
+        everything, prompts = range(len(self.comparisons)), [one.prompt for one in self.comparisons]
         alone = [{"judge": judge.name, **{key: value for key, value in facts(self.of(verdicts, everything)).items()
                                           if key in PART}}
                  for judge, verdicts in zip(judges, by_judge, strict=True)]
         return {"panel": alone, "kappa": [
-            {"judges": [judges[i].name, judges[j].name], **agreement_of(by_judge[i], by_judge[j])}
+            {"judges": [judges[i].name, judges[j].name], **agreement_of(by_judge[i], by_judge[j], prompts)}
             for i, j in combinations(range(len(judges)), 2)]}
 
     def write_page(self, path: str | Path, line: Mapping[str, Any]) -> None:
@@ -93,14 +93,15 @@ def facts(summary: Summary) -> dict[str, Any]:
             "interval": list(summary.interval), "p_value": summary.p_value, **controlled, **flips}
 
 
-def agreement_of(one: Sequence[Verdict], other: Sequence[Verdict]) -> dict[str, Any]:
+def agreement_of(one: Sequence[Verdict], other: Sequence[Verdict], prompts: Sequence[str]) -> dict[str, Any]:
     """Cohen's kappa of two judges' verdicts (candidate, tie, baseline), of the comparisons that both could read."""
     from winrates import kappa
 
-    both = [(a.score, b.score) for a, b in zip(one, other, strict=True) if None not in (a.score, b.score)]
+    both = [(a.score, b.score, prompt) for a, b, prompt in zip(one, other, prompts, strict=True)
+            if None not in (a.score, b.score)]
     if not both:
         return {"kappa": None, "interval": None, "n": 0}
-    found = kappa([ours for ours, _ in both], [theirs for _, theirs in both])
+    found = kappa(*([row[column] for row in both] for column in range(3)))
     return {"kappa": None if found.value != found.value else found.value, "interval": [found.low, found.high],
             "n": found.n}
 

@@ -82,7 +82,7 @@ def read_rows(source: str, split: str, *, own_split: str | None = None, data_dir
     if not is_path(source):
         rows = _hub_rows(source, own_split or split, data_dir, file)
     elif path.is_dir():
-        rows = _file_rows(_split_file(path, split, own_split))
+        rows = file_rows(_split_file(path, split, own_split))
     elif path.is_file():
         rows = _rows_of_split(path, split, own_split, whole)
     else:
@@ -171,7 +171,7 @@ def _split_file(folder: Path, split: str, own_split: str | None) -> Path:
                     f"{', '.join(ENDINGS)}")
 
 
-def _file_rows(path: Path) -> Iterator[tuple[str, Row]]:
+def file_rows(path: Path) -> Iterator[tuple[str, Row]]:
     if not path.name.endswith(ENDINGS):
         raise UserError(f"datasets: {path} is no {', '.join(ENDINGS)} file")
     empty = True
@@ -223,10 +223,10 @@ def _parsed(text: str, path: Path, first_line: int, hint: str = "") -> Any:
 def _rows_of_split(path: Path, split: str, own_split: str | None, whole: bool) -> Iterator[tuple[str, Row]]:
     """A `split` column decides; without one a tenth of the prompts, by their hash, is the test split."""
     named = own = False
-    for _, row in _file_rows(path):  # read twice, since a file may be larger than memory
+    for _, row in file_rows(path):  # read twice, since a file may be larger than memory
         named = named or "split" in row
         own = own or (own_split is not None and row.get("split") == own_split)
-    rows = _file_rows(path)
+    rows = file_rows(path)
     if not named:
         yield from rows if whole else _without_held_out(f"{path} has no split column", rows, split)
         return

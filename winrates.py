@@ -314,15 +314,16 @@ def bradley_terry(rows: Sequence[tuple[Hashable, Hashable, float]], clusters: Se
     return sorted(table, key=lambda rating: -rating.value)
 
 
-def kappa(first: Sequence[Hashable], second: Sequence[Hashable], seed: int = 0, level: float = 0.95,
-          draws: int = 10_000) -> Estimate:
+def kappa(first: Sequence[Hashable], second: Sequence[Hashable], clusters: Sequence[Hashable] | None = None,
+          seed: int = 0, level: float = 0.95, draws: int = 10_000) -> Estimate:
     """Cohen's kappa (1960) of two judges' verdicts on the same comparisons: 1 is agreement, 0 that of chance.
 
         kappa = (p_o - p_e) / (1 - p_e)
 
     p_o: share of equal verdicts; p_e: what the judges' own shares of each verdict would give. Not a number where both
     give one verdict throughout. The interval has the quantiles of kappa when the table of verdicts is drawn from its
-    posterior, Dirichlet(counts + 1 / cells), and kappa itself: it has a width even where the judges never differ.
+    posterior, Dirichlet(counts + 1 / cells), and kappa itself: it has a width even where the judges never differ. Where
+    comparisons share a prompt, counts are divided by the design effect of p_o (see `effective_counts`).
     """
     if len(first) != len(second) or not len(first):
         raise UserError(f"verdicts: got {len(first)} and {len(second)}; give both judges' on the same comparisons")
@@ -333,7 +334,10 @@ def kappa(first: Sequence[Hashable], second: Sequence[Hashable], seed: int = 0, 
     value = float(kappa_of(table / len(first)))
     if k == 1:
         return Estimate(math.nan, -1.0, 1.0, len(first))
-    drawn = np.random.default_rng(seed).dirichlet(table.ravel() + 1 / k**2, size=draws).reshape(draws, k, k)
+    equal = (both[:len(first)] == both[len(first):]).astype(float)
+    worth = sum(effective_counts(equal.mean(), *by_prompt(equal, clusters), level)[:3])
+    drawn = np.random.default_rng(seed).dirichlet(table.ravel() * worth / len(first) + 1 / k**2, size=draws)
+    drawn = drawn.reshape(draws, k, k)
     low, high = np.quantile(kappa_of(drawn), [(1 - level) / 2, (1 + level) / 2])
     return Estimate(value, min(float(low), value), max(float(high), value), len(first))
 
@@ -359,15 +363,17 @@ def agreement(judge: Numbers, human: Numbers, clusters: Sequence[Hashable] | Non
     return estimate([1 - abs(judge[index] - human[index]) for index in told], prompts, level=level)
 
 
-def position_bias(shown_first: Numbers, shown_second: Numbers, level: float = 0.95) -> Estimate:
+def position_bias(shown_first: Numbers, shown_second: Numbers, clusters: Sequence[Hashable] | None = None,
+                  level: float = 0.95) -> Estimate:
     """Share of verdicts for the response in the first place, where both orders were asked: 1/2 is none.
 
-    The candidate's scores when it stood first and when it stood second, of the same comparisons, each a cluster of two.
+    The candidate's scores when it stood first and when it stood second, of the same comparisons, which with
+    those of the same prompt are a cluster.
     """
     if len(shown_first) != len(shown_second):
         raise UserError(f"scores: got {len(shown_first)} with the candidate first, {len(shown_second)} with it second; "
                         "give both of each comparison")
-    pairs = [*range(len(shown_first))] * 2
+    pairs = [*(range(len(shown_first)) if clusters is None else clusters)] * 2
     return estimate([*shown_first, *(1 - value for value in shown_second)], pairs, level=level)
 
 

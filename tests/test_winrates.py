@@ -330,6 +330,15 @@ def test_kappa_of_one_verdict_is_not_a_number() -> None:
         kappa([1, 1], [1])
 
 
+def test_kappa_of_prompts_asked_twice_is_no_narrower() -> None:
+    """Both comparisons of a prompt come out alike: the design effect is 2, a hundred pairs are worth fifty."""
+    first, second = ["yes"] * 25 + ["no"] * 25, ["yes"] * 20 + ["no"] * 5 + ["yes"] * 10 + ["no"] * 15
+    once, twice = kappa(first, second), kappa(first * 2, second * 2, [*range(50)] * 2)
+    assert twice.value == pytest.approx(once.value) and twice.n == 100
+    assert (twice.low, twice.high) == pytest.approx((once.low, once.high), abs=0.01)
+    assert kappa(first, second, [*range(50)]) == once
+
+
 def test_kappa_holds_the_truth(benchmark: Any) -> None:
     assert 0.93 <= benchmark.kappas(200, 0.8, 1000) <= 0.97
 
@@ -352,6 +361,8 @@ def test_position_bias_by_hand() -> None:
     assert position_bias([1, 1, 0], [1, 0, 0.5]).value == pytest.approx(3.5 / 6)
     blind = position_bias([1] * 40, [0] * 40)
     assert blind.value == 1 and blind.low == pytest.approx(40 / (40 + 2.022691**2), abs=1e-5), "40 prompts, not 80"
+    alike = position_bias([1] * 40, [0] * 40, [*range(20)] * 2)
+    assert alike.low == pytest.approx(20 / (20 + 2.093024**2), abs=1e-5), "20 prompts, not 40"
     with pytest.raises(UserError, match="got 1 with the candidate first, 2"):
         position_bias([1], [1, 0])
 
