@@ -97,11 +97,11 @@ def agreement_of(one: Sequence[Verdict], other: Sequence[Verdict], prompts: Sequ
     """Cohen's kappa of two judges' verdicts (candidate, tie, baseline), of the comparisons that both could read."""
     from winrates import kappa
 
-    both = [(a.score, b.score, prompt) for a, b, prompt in zip(one, other, prompts, strict=True)
-            if None not in (a.score, b.score)]
+    both = [row for row in zip([a.score for a in one], [b.score for b in other], prompts, strict=True)
+            if None not in row]
     if not both:
         return {"kappa": None, "interval": None, "n": 0}
-    found = kappa(*([row[column] for row in both] for column in range(3)))
+    found = kappa([ours for ours, _, _ in both], [theirs for _, theirs, _ in both], [prompt for *_, prompt in both])
     return {"kappa": None if found.value != found.value else found.value, "interval": [found.low, found.high],
             "n": found.n}
 

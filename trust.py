@@ -110,7 +110,7 @@ def measure(labelled: str, judge: str | Judge | Sequence[str | Judge] = DEFAULT_
     rows = [(Comparison(label.prompt, label.chosen, label.rejected, draw.random() < 0.5), 0.5 if label.tie else 1.0)
             for label in labels]
     kept = set(draw.sample(range(len(rows)), len(rows))[:max_comp])
-    comparisons, people = zip(*(row for place, row in enumerate(rows) if place in kept), strict=True)
+    comparisons, people = zip(*[row for place, row in enumerate(rows) if place in kept], strict=True)
     with court:
         heard = court.hear(comparisons, ("chosen", "rejected"), save_csv)
     return {"date": datetime.now().astimezone().isoformat(timespec="seconds"), "labelled": labelled,
@@ -158,19 +158,20 @@ class Trial:
         own, pairs = [verdicts[place] for place in read], [self.comparisons[place] for place in read]
         judge, people = [verdict.score or 0.0 for verdict in own], [self.people[place] for place in read]
         prompts = [one.prompt for one in pairs]
-        lengths = [len(one.candidate) for one in pairs], [len(one.baseline) for one in pairs]
+        ours, theirs = [len(one.candidate) for one in pairs], [len(one.baseline) for one in pairs]
         firm = [place for place, score in enumerate(judge) if score != 0.5]
         facts = {
             "accuracy": agreement(judge, people, prompts),
-            "decided": agreement(*([values[place] for place in firm] for values in (judge, people, prompts))),
-            "kappa": kappa(of_the_first(judge, pairs), of_the_first(people, pairs), prompts) if read else
-            Estimate(math.nan, -1, 1, 0),
-            "length_bias": length_bias(judge, *lengths, prompts),
-            "people_length_bias": length_bias(people, *lengths, prompts)}
+            "decided": agreement([judge[place] for place in firm], [people[place] for place in firm],
+                                 [prompts[place] for place in firm]),
+            "kappa": (kappa(of_the_first(judge, pairs), of_the_first(people, pairs), prompts) if own
+                      else Estimate(math.nan, -1, 1, 0)),
+            "length_bias": length_bias(judge, ours, theirs, prompts),
+            "people_length_bias": length_bias(people, ours, theirs, prompts)}
         if own and None not in [verdict.flipped for verdict in own]:
-            first, second = zip(*(by_order(verdict, one, labels) for verdict, one in zip(own, pairs, strict=True)),
-                                strict=True)
-            facts["position_bias"] = position_bias(first, second, prompts)
+            shown = [by_order(verdict, one, labels) for verdict, one in zip(own, pairs, strict=True)]
+            facts["position_bias"] = position_bias([first for first, _ in shown], [second for _, second in shown],
+                                                   prompts)
             facts["flip_rate"] = estimate([float(bool(verdict.flipped)) for verdict in own], prompts)
         return {"ties": judge.count(0.5), "unparsed": len(verdicts) - len(own),
                 **{name: as_json(found) for name, found in facts.items()}}
@@ -200,11 +201,11 @@ MEASURES = {  # of a result's line -> its name on the screen, and what it means
     "decided": ("  without its ties", "the same, of the pairs that it decided"),
     "kappa": ("kappa", "agreement beyond chance: 0 is none, 1 is all"),
     "position_bias": ("first place", "its verdicts for the response shown first; 50% is no bias"),
-    "length_bias": ("longer response", "its verdicts for the longer response"),
+    "length_bias": ("longer response", "its verdicts for the one of more characters"),
     "people_length_bias": ("  by people", "people's, of the same pairs"),
     "flip_rate": ("flip rate", "it changes its mind with the order, which makes a tie"),
-    "ties": ("ties", "its own, with those"),
-    "unparsed": ("unparsed", "no verdict in its answer; left out of all the above"),
+    "ties": ("ties", "its own, flips included"),
+    "unparsed": ("unparsed", "no verdict in its answer: left out of all the above"),
 }
 
 
@@ -228,7 +229,7 @@ def table_of(line: Mapping[str, Any]) -> str:
 
 def cell(found: Any, key: str) -> str:
     if not isinstance(found, Mapping):
-        return "not asked" if found is None else str(found)
+        return "n/a" if found is None else str(found)
     if found["value"] is None:
         return "nothing to tell"
     low, high = found["interval"]

@@ -105,7 +105,7 @@ def test_a_judge_that_scores_each_response_by_itself_has_no_position_bias_to_tel
     judge.order_blind = True
     line = measure(pairs, judge)
     assert len(judge.seen) == 5 and line["orders"] == 1 and "position_bias" not in line
-    assert line["accuracy"]["value"] == 0.625 and "first place         not asked" in table_of(line)
+    assert line["accuracy"]["value"] == 0.625 and "first place         n/a" in table_of(line)
 
 
 def annotation(text: str, one: str, two: str, preference: Any) -> dict[str, Any]:
