@@ -210,21 +210,26 @@ MEASURES = {  # of a result's line -> its name on the screen, and what it means
 
 
 def table_of(line: Mapping[str, Any]) -> str:
-    """A result's line, in a column; of a panel, one a judge and one for them together."""
+    """A result's line as a column, what each number means beside it; of a panel a column a judge and one for them
+    together, the meanings below."""
     alone = line.get("panel", [])
+    heads = [f"judge {number}" for number in range(1, len(alone) + 1)] or ["judge"]
+    columns = {**dict(zip(heads, alone, strict=True)), "panel": line} if alone else {"": line}
     drawn = f", drawn from {line['available']:,}" if line["total"] < line["available"] else ""
     said = [f"{line['labelled']} (split {line['split']}): {line['total']:,} pairs{drawn}, of {line['prompts']:,} "
-            f"prompts; seed {line['seed']}"]
-    heads = [f"judge {number}" for number in range(1, len(alone) + 1)] if alone else ["judge"]
-    said += [f"{head}: {one['judge']}" for head, one in zip(heads, alone or [line], strict=True)]
-    columns = {**dict(zip(heads, alone, strict=False)), "panel": line} if alone else {"": line}
-    rows = [("", list(columns), "")]
-    rows += [(name, [cell(column.get(key), key) for column in columns.values()], words)
-             for key, (name, words) in MEASURES.items()]
+            f"prompts; seed {line['seed']}",
+            *(f"{head}: {one['judge']}" for head, one in zip(heads, alone or [line], strict=True)), ""]
+    rows = [(name, [cell(column.get(key), key) for column in columns.values()], words)
+            for key, (name, words) in MEASURES.items()]
     wide = max(len(text) for _, cells, _ in rows for text in cells)
-    said += ["  ".join([f"{name:<18}", *(f"{text:<{wide}}" for text in cells), words]).rstrip()
-             for name, cells, words in rows]
+    said += [row_of("", list(columns), wide)] * bool(alone)
+    said += [row_of(name, cells if alone else [*cells, words], wide) for name, cells, words in rows]
+    said += ["", *(row_of(name, [words], wide) for name, _, words in rows)] * bool(alone)
     return "\n".join([*said, "", *conclusions(line, columns), *costs(line)])
+
+
+def row_of(name: str, cells: Sequence[str], wide: int) -> str:
+    return "  ".join([f"{name:<18}", *(f"{text:<{wide}}" for text in cells)]).rstrip()
 
 
 def cell(found: Any, key: str) -> str:

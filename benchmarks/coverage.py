@@ -183,6 +183,25 @@ def kappas(n: int, agree: float, experiments: int) -> float:
     return held(np.array([(one.low, one.high) for one in got]).T, 2 * agree - 1, weights)
 
 
+def kappas_of_prompts(prompts: int, agree: float, alike: float, experiments: int) -> tuple[float, float]:
+    """Coverage of kappa as in `kappas`, with 1 to 4 comparisons a prompt, and of what it is where no prompts are named.
+
+    alike: the correlation of two comparisons of a prompt; each takes its prompt's draw, or one of its own.
+    """
+    rng = np.random.default_rng([prompts, round(100 * agree), round(100 * alike)])
+    inside = []
+    for _ in range(experiments):
+        names = np.repeat(np.arange(prompts), rng.integers(1, 5, prompts))
+        shared, own = (rng.random(n) < agree for n in (prompts, len(names)))
+        first = rng.integers(0, 2, len(names))
+        same = np.where(rng.random(len(names)) < math.sqrt(alike), shared[names], own)
+        second = np.where(same, first, 1 - first)
+        got = [winrates.kappa(first.tolist(), second.tolist(), known, draws=1000) for known in (names.tolist(), None)]
+        inside.append([one.low <= 2 * agree - 1 <= one.high for one in got])
+    of_prompts, of_comparisons = np.mean(inside, 0)
+    return float(of_prompts), float(of_comparisons)
+
+
 def power(effect: float, ties: float, experiments: int) -> tuple[int, float, float]:
     """The planned number of comparisons; how often the interval, and the sign test, then tell the rate from 1/2."""
     n = winrates.comparisons_needed(effect, tie_share=ties)
@@ -212,7 +231,7 @@ def main() -> int:
     experiments = parser.parse_args().experiments
     few = max(experiments // 5, 1)
     started = time.perf_counter()
-    print(f"{experiments} experiments a cell; the clustered bootstrap, ratings: {few}")
+    print(f"{experiments} experiments a cell; the clustered bootstrap, ratings, kappa of prompts: {few}")
     grid("comparisons", win_rate, NS, experiments)
     grid("bootstrap: comparisons", bootstrap, (50, 200, 1000), experiments)
     show(["comparisons a prompt", "prompts", "ties", *(f"rate {rate}: {way}" for rate in (0.5, 0.8, 0.95, 0.99)
@@ -241,6 +260,9 @@ def main() -> int:
     show(["comparisons", "kappa", "coverage of kappa"],
          [[n, f"{2 * agree - 1:.1f}", percent(kappas(n, agree, experiments))]
           for n in (50, 200) for agree in (0.5, 0.8, 0.95)])
+    show(["prompts", "correlation", "kappa", "coverage of kappa", "without the prompts"],
+         [[n, alike, f"{2 * agree - 1:.1f}", *map(percent, kappas_of_prompts(n, agree, alike, few))]
+          for n in (50, 200) for alike in (0.3, 1.0) for agree in (0.5, 0.8, 0.95)])
     rows = []
     for effect in (0.03, 0.05, 0.1, 0.2):
         for ties in (0.0, 0.5):

@@ -343,6 +343,11 @@ def test_kappa_holds_the_truth(benchmark: Any) -> None:
     assert 0.93 <= benchmark.kappas(200, 0.8, 1000) <= 0.97
 
 
+def test_kappa_of_prompts_holds_the_truth_where_comparisons_taken_one_by_one_do_not(benchmark: Any) -> None:
+    of_prompts, of_comparisons = benchmark.kappas_of_prompts(100, 0.8, 1.0, 300)
+    assert 0.92 <= of_prompts <= 0.98 and of_comparisons < 0.85
+
+
 def test_agreement_counts_a_judges_tie_as_a_half_and_leaves_peoples_out() -> None:
     """1, 1, 0 and 1/2 of four. Of 8 right in 10 the interval is Wilson's."""
     got = agreement([1, 0, 0, 0.5, 1], [1, 0, 1, 1, 0.5])
