@@ -17,17 +17,16 @@ Two more commands, each with its own --help:
 
 import argparse
 import importlib
-import json
 import random
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from court import DEFAULT_JUDGE, Asking, Court, add_options, require_writable_file, taken
 from judge import Comparison, Judge, notice
-from outcome import Outcome, table_of
-from samples_file import SamplesFile, length_counter, pair_up
+from outcome import Outcome, append, table_of, tell_empty
+from samples_file import SamplesFile, comparisons_of, length_counter, pair_up
 from utils import UserError, let_threads_sleep
 
 COMMANDS = {"rank": "tournament", "agreement": "trust"}  # the first word -> its module
@@ -46,8 +45,6 @@ def compare_files(file: str | Path, judge: str | Judge | Sequence[str | Judge] =
     tokens of the run that made `file`.
     """
     how = Asking(judge, **asking)
-    if max_comp is not None and max_comp < 1:
-        raise UserError(f"--max_comp: got {max_comp}; give 1 or more, or leave it out to compare all")
     require_writable_file("--save_csv", save_csv)
     require_writable_file("--report", report)
     ours = SamplesFile.read(file)
@@ -62,21 +59,14 @@ def compare_files(file: str | Path, judge: str | Judge | Sequence[str | Judge] =
     pairs = pair_up(ours, theirs, candidate_key, baseline_key, history_key)
     if max_comp and max_comp > len(pairs):
         notice(f"--max_comp: {max_comp} asked for, {len(pairs)} there")
-    draw = random.Random(how.seed)
-    comparisons = [Comparison(pair.prompt, pair.candidate, pair.baseline, draw.random() < 0.5, pair.dataset)
-                   for pair in pairs[:max_comp]]
+    comparisons = comparisons_of(pairs, how.seed, max_comp)
     stopping = None
     if until_width is not None:
         comparisons, stopping = in_random_order(comparisons, until_width, how)
-    count, unit = length_counter(ours.config)
     for name, texts in zip(names, ([c.candidate for c in comparisons], [c.baseline for c in comparisons]), strict=True):
-        if empty := sum(not text.strip() for text in texts):
-            notice(f"{empty} of {len(texts)} responses of {name} are empty; they are judged as they are")
+        tell_empty(name, texts)
     with Court(how, ours.markers) as court:
-        heard = court.hear(comparisons, names, save_csv, stopping)
-        comparisons = comparisons[:len(heard.verdicts)]
-        lengths = [[count(one.candidate) for one in comparisons], [count(one.baseline) for one in comparisons]]
-        outcome = Outcome(ours, names, comparisons, lengths, unit, heard, court.bill, how.seed)
+        outcome = Outcome.heard_in(court, ours, names, comparisons, length_counter(ours.config), save_csv, stopping)
     line = outcome.line()
     if report:
         outcome.write_page(report, line)
@@ -133,12 +123,6 @@ def compare(argv: Sequence[str]) -> None:
     result = compare_files(**options, **vars(how))
     print(table_of(result))
     append(results_file, [result])
-
-
-def append(results_file: Path, lines: Sequence[Mapping[str, Any]]) -> None:
-    with results_file.open("a", encoding="utf-8") as file:
-        file.writelines(json.dumps(line) + "\n" for line in lines)
-    print(f"\nappended to {results_file}")
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -3,7 +3,7 @@
 import math
 from collections import defaultdict
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal, Protocol
 
 from utils import UserError
@@ -97,6 +97,11 @@ class Bill:
             self.bytes_in += size
         elif charged:
             self.uncertain += estimate
+
+    def since(self, before: "Bill") -> "Bill":
+        """What was asked and paid after `before`, a copy of this bill."""
+        counted = ("requests", "retries", "tokens_in", "tokens_out", "uncertain")
+        return replace(self, **{name: getattr(self, name) - getattr(before, name) for name in counted})
 
     def facts(self) -> dict[str, Any]:
         facts = {"requests": self.requests, "retries": self.retries,

@@ -1,15 +1,19 @@
 """What a comparison came to: the line that is kept, the table on the screen, the page for a browser."""
 
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+import json
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from datetime import datetime
 from itertools import combinations
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from court import Heard
-from judge import Bill, Comparison, Summary, Verdict, summarise
+from court import Court, Heard
+from judge import Bill, Comparison, Summary, Verdict, notice, summarise
 from samples_file import SamplesFile
+
+if TYPE_CHECKING:
+    from anytime import Stopping
 
 PART = ("win_rate", "interval", "ties", "unparsed", "flips")  # what is said of a panel's judge by itself
 
@@ -26,6 +30,17 @@ class Outcome:
     heard: Heard
     bill: Bill
     seed: int
+
+    @classmethod
+    def heard_in(cls, court: Court, samples: SamplesFile, names: tuple[str, str], comparisons: Sequence[Comparison],
+                 counter: tuple[Callable[[str], int], str], save_csv: str | Path = "",
+                 stopping: "Stopping | None" = None) -> "Outcome":
+        """Have them judged. samples: the candidate's; counter: its `length_counter`; the others as of `Court.hear`."""
+        before, (count, unit) = replace(court.bill), counter
+        heard = court.hear(comparisons, names, save_csv, stopping)
+        comparisons = comparisons[:len(heard.verdicts)]
+        lengths = [[count(one.candidate) for one in comparisons], [count(one.baseline) for one in comparisons]]
+        return cls(samples, names, comparisons, lengths, unit, heard, court.bill.since(before), court.asking.seed)
 
     def line(self) -> dict[str, Any]:
         """The line of `-r`."""
@@ -161,3 +176,14 @@ def costs(line: Mapping[str, Any]) -> list[str]:
     cost = f", ${line['cost']:.4f}" if "cost" in line else ""
     counted = f", {tokens['in']} tokens in, {tokens['out']} out{cost}" if tokens["in"] or cost else ""
     return [f"{line['requests']} requests ({line['retries']} retries), {line['cached']} answers known before{counted}"]
+
+
+def tell_empty(name: str, texts: Sequence[str]) -> None:
+    if empty := sum(not text.strip() for text in texts):
+        notice(f"{empty} of {len(texts)} responses of {name} are empty; they are judged as they are")
+
+
+def append(results_file: Path, lines: Sequence[Mapping[str, Any]]) -> None:
+    with results_file.open("a", encoding="utf-8") as file:
+        file.writelines(json.dumps(line) + "\n" for line in lines)
+    print(f"\nappended to {results_file}")

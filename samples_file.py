@@ -2,9 +2,10 @@
 
 import contextlib
 import json
+import random
 import urllib.request
-from collections import defaultdict
-from collections.abc import Callable, Mapping
+from collections import Counter
+from collections.abc import Callable, Hashable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -13,6 +14,7 @@ from api_judge import notice
 from feedback import Markers
 from local_judges import looks_like_path
 from utils import UserError, nearest
+from verdicts import Comparison
 
 
 class Pair(NamedTuple):
@@ -37,23 +39,25 @@ class SamplesFile:
     samples: list[dict[str, Any]]
 
     @classmethod
-    def read(cls, path: str | Path) -> "SamplesFile":
+    def read(cls, path: str | Path, option: str = "--file") -> "SamplesFile":
+        """option: what the user gave the path with."""
         path = Path(path).expanduser()
         try:
             content = json.loads(path.read_text(encoding="utf-8"))
         except OSError as error:
-            raise UserError(f"--file: cannot read {path}: {error.strerror}; eval.py ++mode=sample writes one") from None
+            raise UserError(f"{option}: cannot read {path}: {error.strerror}; eval.py ++mode=sample writes "
+                            "one") from None
         except ValueError as error:  # not JSON, or not UTF-8
-            raise UserError(f"--file: {path} is not JSON: {error}") from None
+            raise UserError(f"{option}: {path} is not JSON: {error}") from None
         content = alpaca_samples(content) if isinstance(content, list) else content
         content = content if isinstance(content, dict) else {}
         config, samples = content.get("config") or {}, content.get("samples")
         rows_are_objects = isinstance(samples, list) and all(isinstance(sample, dict) for sample in samples)
         if not (isinstance(config, dict) and rows_are_objects):
-            raise UserError(f"--file: {path} is no samples file: {{config, samples: [{{prompt, chosen, policy}}]}}, or "
-                            "AlpacaEval's [{instruction, output, generator}]")
+            raise UserError(f"{option}: {path} is no samples file: {{config, samples: [{{prompt, chosen, policy}}]}}, "
+                            "or AlpacaEval's [{instruction, output, generator}]")
         if not samples:
-            raise UserError(f"--file: {path} has no samples; sample with ++n_samples above 0")
+            raise UserError(f"{option}: {path} has no samples; sample with ++n_samples above 0")
         return cls(path, config, samples)
 
     @property
@@ -93,27 +97,14 @@ def alpaca_samples(rows: list[Any]) -> dict[str, Any]:
 
 def pair_up(ours: SamplesFile, theirs: SamplesFile, candidate_key: str, baseline_key: str,
             history_key: str) -> list[Pair]:
-    """A pair for every prompt that both files have, in our order; repeated ones match in order.
-
-    Where the two runs have different markers, prompts are the same if their turns are.
-    """
+    """A pair for every prompt that both files have (`identities`), in our order."""
     prompts, candidates = ours.texts("--history_key", history_key), ours.texts("--candidate_key", candidate_key)
-    baselines, datasets = theirs.texts("--baseline_key", baseline_key), ours.datasets
-    if theirs is ours:
-        return list(map(Pair, prompts, candidates, baselines, datasets))
-    same_markers = ours.markers == theirs.markers
-
-    def identity(markers: Markers, prompt: str) -> Any:
-        return prompt if same_markers else tuple((who, text.strip()) for who, text in markers.turns(prompt))
-
-    waiting: dict[Any, list[str]] = defaultdict(list)
-    for prompt, baseline in zip(theirs.texts("--history_key", history_key), baselines, strict=True):
-        text = baseline if same_markers else baseline.removesuffix(theirs.markers.assistant_suffix)
-        waiting[identity(theirs.markers, prompt)].append(text)
-    pairs = []
-    for prompt, candidate, dataset in zip(prompts, candidates, datasets, strict=True):
-        if queue := waiting[identity(ours.markers, prompt)]:
-            pairs.append(Pair(prompt, candidate, queue.pop(0), dataset))
+    our_ids, their_ids = identities([ours, theirs], history_key)
+    suffix = "" if theirs.markers == ours.markers else theirs.markers.assistant_suffix
+    baselines = {identity: text.removesuffix(suffix) for identity, text in
+                 zip(their_ids, theirs.texts("--baseline_key", baseline_key), strict=True)}
+    pairs = [Pair(prompt, candidate, baselines[identity], dataset) for identity, prompt, candidate, dataset in
+             zip(our_ids, prompts, candidates, ours.datasets, strict=True) if identity in baselines]
     if not pairs:
         raise UserError(f"--file2: {ours.path} and {theirs.path} have no prompt in common; sample both from the same "
                         "datasets with the same seed")
@@ -121,6 +112,33 @@ def pair_up(ours: SamplesFile, theirs: SamplesFile, candidate_key: str, baseline
         notice(f"without a match, left out: {len(prompts) - len(pairs)} of {len(prompts)} prompts of {ours.path}, "
                f"{len(baselines) - len(pairs)} of {len(baselines)} of {theirs.path}")
     return pairs
+
+
+def identities(files: Sequence[SamplesFile], history_key: str) -> list[list[Hashable]]:
+    """For every sample of each file what its prompt is known by: in files of the same prompt it is the same.
+
+    That is its text, or its turns where the files have different markers, and how often it came before in its file, so
+    that repeated ones match in order.
+    """
+    same_markers = len({file.markers for file in files}) == 1
+    found = []
+    for file in files:
+        before: Counter[Hashable] = Counter()
+        found.append([])
+        for prompt in file.texts("--history_key", history_key):
+            text = prompt if same_markers else tuple((who, said.strip()) for who, said in file.markers.turns(prompt))
+            found[-1].append((text, before[text]))
+            before[text] += 1
+    return found
+
+
+def comparisons_of(pairs: Sequence[Pair], seed: int, max_comp: int | None = None) -> list[Comparison]:
+    """Of all pairs, or of the first so many, whose draws are the same: which response a judge sees first is drawn."""
+    if max_comp is not None and max_comp < 1:
+        raise UserError(f"--max_comp: got {max_comp}; give 1 or more, or leave it out to compare all")
+    draw = random.Random(seed)
+    return [Comparison(pair.prompt, pair.candidate, pair.baseline, draw.random() < 0.5, pair.dataset)
+            for pair in pairs[:max_comp]]
 
 
 def length_counter(config: Mapping[str, Any]) -> tuple[Callable[[str], int], str]:
