@@ -173,6 +173,7 @@ class RewardModelJudge:
                             "sequence classifier with one label: its folder or its name on the Hub")
         self.name, self.labels, self.at_once = f"rm:{path}", labels, at_once
         self.markers = markers or Markers()
+        self.scores: dict[tuple[str, str], float] = {}  # of prompts with a response, each scored once in a run
 
     @cached_property
     def place(self) -> dict[str, Any]:
@@ -197,12 +198,14 @@ class RewardModelJudge:
             if not (asked := [questions[number] for number in numbers]):
                 continue
             docket.bill.requests += len(asked)
-            prompts = [self.markers.rewrite_prompt(question.prompt, markers) for question in asked]
-            responses = [self.markers.rewrite_response(question.responses[place], markers)
-                         for place in (0, 1) for question in asked]
-            scores = self.scorer.score(prompts + prompts, responses)
-            for number, first, second in zip(numbers, scores, scores[len(asked):], strict=False):
-                docket.take(number, Answer(f"{first!r} to {second!r}"))
+            texts = [(self.markers.rewrite_prompt(question.prompt, markers),
+                      self.markers.rewrite_response(question.responses[place], markers))
+                     for place in (0, 1) for question in asked]
+            if new := [text for text in dict.fromkeys(texts) if text not in self.scores]:
+                scores = self.scorer.score([prompt for prompt, _ in new], [response for _, response in new])
+                self.scores.update(zip(new, scores, strict=True))
+            for number, first, second in zip(numbers, texts, texts[len(asked):], strict=False):
+                docket.take(number, Answer(f"{self.scores[first]!r} to {self.scores[second]!r}"))
 
     def read(self, text: str) -> Reading:
         first, second = map(float, text.split(" to "))

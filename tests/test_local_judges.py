@@ -184,6 +184,8 @@ def test_a_reward_model_judges_by_score_in_its_own_markers(monkeypatch: Patch, t
     assert [(v.winner, v.choices, v.why) for v in verdicts] == [
         ("candidate", ("2",), ""), (None, (None,), "tie"), ("baseline", ("1",), ""), (None, (None,), "unparsed")]
     assert seen[0] == ("Q: Hi.\nA: Hello!</s>Q: Bye.\nA: ", "be</s>") and judge.order_blind
+    assert verdicts_of(judge, [Comparison(PROMPT, "bee", "b")])[0].winner == "candidate"
+    assert len(seen) == len(set(seen)) == 4, "each text is scored once, however often it is compared"
 
 
 def test_a_classifier_scores_a_batch_as_it_scores_one_by_one(tiny_classifier: Path) -> None:
