@@ -11,21 +11,19 @@ A program calls `rank_files`.
 
 import argparse
 from collections.abc import Hashable, Mapping, Sequence
-from dataclasses import dataclass
 from datetime import datetime
 from itertools import combinations
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from court import DEFAULT_JUDGE, Asking, Court, add_options, require_writable_file, taken
-from judge import Bill, Judge, notice
+from judge import Bill, Comparison, Judge, notice
 from outcome import Outcome, append, costs, tell_empty
 from samples_file import Pair, SamplesFile, comparisons_of, identities, length_counter
 from utils import UserError, write_json
 
 
-@dataclass(frozen=True)
-class System:
+class System(NamedTuple):
     """What is ranked: the texts under a key of a file."""
 
     name: str
@@ -41,24 +39,29 @@ class Field:
     """
 
     def __init__(self, systems: Sequence[System], history_key: str) -> None:
-        self.systems = systems
-        self.markers = systems[0].file.markers
+        self.systems, self.markers = systems, systems[0].file.markers
         known = identities([system.file for system in systems], history_key)
         found: dict[Hashable, tuple[str, str]] = {}
         self.responses: list[dict[Hashable, str]] = []
-        for system, own in zip(systems, known, strict=True):
-            markers = system.file.markers
-            for identity, text, dataset in zip(own, system.file.texts("--history_key", history_key),
-                                               system.file.datasets, strict=True):
-                found.setdefault(identity, (markers.rewrite_prompt(text, self.markers), dataset))
-            suffix = "" if markers == self.markers else markers.assistant_suffix
-            texts = system.file.texts(f"{system.file.path}:{system.key}", system.key)
+        for (_, file, key), own in zip(systems, known, strict=True):
+            for identity, text, dataset in zip(own, file.texts("--history_key", history_key), file.datasets,
+                                               strict=True):
+                found.setdefault(identity, (file.markers.rewrite_prompt(text, self.markers), dataset))
+            suffix = "" if file.markers == self.markers else file.markers.assistant_suffix
+            texts = file.texts(f"{file.path}:{key}", key)
             self.responses.append(dict(zip(own, (text.removesuffix(suffix) for text in texts), strict=True)))
         self.shared = {identity for identity in found if all(identity in own for own in self.responses)}
         self.prompts = {identity: found[identity] for identity in sorted(found, key=lambda one: one not in self.shared)}
 
+    def comparisons(self, seed: int, max_comp: int | None) -> dict[tuple[int, int], list[Comparison]]:
+        """Of every two systems, by their places: on the first so many of the prompts that both have."""
+        pairs = {two: self.pairs(*two) for two in combinations(range(len(self.systems)), 2)}
+        fewest, most = (of(map(len, pairs.values())) for of in (min, max))
+        if max_comp and max_comp > fewest:
+            notice(f"--max_comp: {max_comp} asked for, {fewest} there" + " for some" * (max_comp <= most))
+        return {two: comparisons_of(each, seed, max_comp) for two, each in pairs.items()}
+
     def pairs(self, i: int, j: int) -> list[Pair]:
-        """Responses of two systems to the prompts that both have."""
         ours, theirs = self.responses[i], self.responses[j]
         pairs = [Pair(text, ours[identity], theirs[identity], dataset)
                  for identity, (text, dataset) in self.prompts.items() if identity in ours and identity in theirs]
@@ -67,15 +70,17 @@ class Field:
                             "all from the same datasets with the same seed, or leave one of the two out")
         return pairs
 
-    def tell_left_out(self) -> None:
-        """Say what not all systems have, where that is so."""
-        if len(self.shared) == len(self.prompts):
-            return
-        notice(f"{len(self.shared)} prompts are shared by all {len(self.systems)} systems, and come first")
-        for i, (system, own) in enumerate(zip(self.systems, self.responses, strict=True)):
-            others = [theirs for j, theirs in enumerate(self.responses) if j != i]
-            if alone := sum(not any(identity in theirs for theirs in others) for identity in own):
+    def tell(self, comparisons: Mapping[tuple[int, int], Sequence[Comparison]]) -> None:
+        """Say what not all systems have, where that is so, and whose responses are empty."""
+        if len(self.shared) < len(self.prompts):
+            notice(f"{len(self.shared)} prompts are shared by all {len(self.systems)} systems, and come first")
+        for place, (system, own) in enumerate(zip(self.systems, self.responses, strict=True)):
+            others = {identity for i, theirs in enumerate(self.responses) if i != place for identity in theirs}
+            if alone := len(own.keys() - others):
                 notice(f"without a match, left out: {alone} of {len(own)} prompts of {system.name}")
+            judged = {(one.prompt, one.candidate if place == i else one.baseline)
+                      for (i, j), asked in comparisons.items() if place in (i, j) for one in asked}
+            tell_empty(system.name, [text for _, text in judged])
 
 
 def rank_files(systems: Sequence[str | Path], judge: str | Judge | Sequence[str | Judge] = DEFAULT_JUDGE, *,
@@ -88,30 +93,20 @@ def rank_files(systems: Sequence[str | Path], judge: str | Judge | Sequence[str 
     """
     how = Asking(judge, **asking)
     field = Field(read_systems(systems), history_key)
-    names = [system.name for system in field.systems]
-    two_by_two = list(combinations(range(len(names)), 2))
-    pairs = [field.pairs(i, j) for i, j in two_by_two]
-    comparisons = [comparisons_of(each, how.seed, max_comp) for each in pairs]
-    if max_comp and max_comp > (fewest := min(map(len, pairs))):
-        notice(f"--max_comp: {max_comp} asked for, {fewest} there" + " for some" * (max_comp <= max(map(len, pairs))))
-    field.tell_left_out()
-    for i, name in enumerate(names):
-        judged = {(one.prompt, one.candidate if i == ours else one.baseline)
-                  for (ours, theirs), asked in zip(two_by_two, comparisons, strict=True) if i in (ours, theirs)
-                  for one in asked}
-        tell_empty(name, [text for _, text in judged])
+    comparisons = field.comparisons(how.seed, max_comp)
+    field.tell(comparisons)
     outcomes: list[Outcome] = []
     with Court(how, field.markers) as court:
         counters = [length_counter(system.file.config) for system in field.systems[:-1]]
-        for (i, j), asked in zip(two_by_two, comparisons, strict=True):
-            notice(f"pair {len(outcomes) + 1} of {len(pairs)}: {names[i]} against {names[j]}, {len(asked)} comparisons")
-            try:
-                outcomes.append(Outcome.heard_in(court, field.systems[i].file, (names[i], names[j]), asked,
-                                                 counters[i]))
-            except (UserError, KeyboardInterrupt):
-                kept = "what was answered is in the cache, and the same command goes on" if how.cache else "no cache"
-                notice(f"{len(outcomes)} of {len(pairs)} pairs are judged; {kept}")
-                raise
+        try:
+            for number, ((i, j), asked) in enumerate(comparisons.items(), 1):
+                names = field.systems[i].name, field.systems[j].name
+                notice(f"pair {number} of {len(comparisons)}: {' against '.join(names)}, {len(asked)} comparisons")
+                outcomes.append(Outcome.heard_in(court, field.systems[i].file, names, asked, counters[i]))
+        except (UserError, KeyboardInterrupt):
+            kept = "what was answered is in the cache, and the same command goes on" if how.cache else "no cache"
+            notice(f"{len(outcomes)} of {len(comparisons)} pairs are judged; {kept}")
+            raise
     lines = [outcome.line() for outcome in outcomes]
     return standings(field.systems, outcomes, lines, court.bill), lines
 
@@ -221,7 +216,7 @@ def rating(system: Mapping[str, Any]) -> str:
     if not system["comparisons"]:
         return "no verdict could be read"
     (least, most), (low, high) = system["elo_interval"], system["interval"]
-    return (f"{system['elo']:>+5.0f}  {f'[{least:+.0f}, {most:+.0f}]':14}  {system['win_rate']:>8.1%}  "
+    return (f"{round(system['elo']):>+5}  {f'[{round(least):+}, {round(most):+}]':14}  {system['win_rate']:>8.1%}  "
             f"{f'[{low:.1%}, {high:.1%}]':14}  {system['comparisons']:>11}")
 
 
