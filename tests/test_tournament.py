@@ -15,6 +15,7 @@ from test_compare import LongerWins, prompt, write_samples
 from test_judge import CHATML
 
 import court
+import tournament
 from compare import compare_files, main
 from docket import Docket
 from judge import Question
@@ -98,6 +99,15 @@ def test_a_line_of_two_is_what_compare_py_writes_of_them(three: list[Path]) -> N
     for line in (first, alone):
         del line["date"], line["candidate"]["name"], line["baseline"]["name"]
     assert first == alone and first["win_rate"] == 0.75
+
+
+def test_lengths_are_in_tokens_of_the_candidates_run(three: list[Path], monkeypatch: Patch) -> None:
+    """As if a run's tokenizer made one token, two or three of any text."""
+    monkeypatch.setattr(tournament, "length_counter", lambda config: (
+        lambda text: "_abc".index(config["exp_name"]), "tokens"))
+    _, lines = rank_files(three, LongerWins(), max_comp=1)
+    assert [(line["candidate"]["lengths"], line["baseline"]["lengths"]) for line in lines] == [
+        ([1], [1]), ([1], [1]), ([2], [2])]
 
 
 def test_the_screen_and_the_files(three: list[Path], monkeypatch: Patch, capsys: Screen) -> None:
