@@ -194,22 +194,28 @@ def table_of(result: Mapping[str, Any]) -> str:
     systems, pairs = result["systems"], result["pairs"]
     heading = "win rate over"
     width = max(len(heading) - 4, *(len(system["name"]) for system in systems))
+    names = [f"{number:>2}  {system['name']:{width}}" for number, system in enumerate(systems, 1)]
     said = [f"{len(systems)} systems, {result['comparisons']} comparisons on {result['prompts']} prompts, judge "
             f"{result['judge']}, seed {result['seed']}", "",
             f"{'':{width + 4}}  {'Elo':>5}  {'95% interval':14}  {'win rate':>8}  {'95% interval':14}  comparisons"]
-    said += [f"{number:>2}  {system['name']:{width}}  {rating(system)}" for number, system in enumerate(systems, 1)]
+    said += [f"{name}  {rating(system)}" for name, system in zip(names, systems, strict=True)]
     columns = [f"{number:>6} " for number in range(1, len(systems) + 1)]
     said += ["", "  ".join([f"{heading:{width + 4}}", *columns]).rstrip()]
-    clear = {frozenset((pair["candidate"], pair["baseline"])) for pair in pairs
-             if not pair["interval"][0] <= 0.5 <= pair["interval"][1]}
-    for number, (ours, rates) in enumerate(zip(systems, result["win_rates"], strict=True), 1):
-        cells = [f"{'' if rate is None else f'{rate:.1%}':>6}{'*' * ({ours['name'], theirs['name']} in clear):1}"
-                 for theirs, rate in zip(systems, rates, strict=True)]
-        said.append("  ".join([f"{number:>2}  {ours['name']:{width}}", *cells]).rstrip())
+    said += ["  ".join([name, *row]).rstrip() for name, row in zip(names, cells(result), strict=True)]
     ties, unparsed = (sum(pair[key] for pair in pairs) for key in ("ties", "unparsed"))
     flips = f", of which {sum(pair['flips'] for pair in pairs)} changed with the order" if "flips" in pairs[0] else ""
     return "\n".join([*said, "", "Elo points are above the mean of all systems; * the 95% interval excludes 50%",
                       f"{ties} ties{flips}, each half a win; {unparsed} unparsed, left out", *costs(result)])
+
+
+def cells(result: Mapping[str, Any]) -> list[list[str]]:
+    """The win rates of each over each, with a star where it is clear who is better."""
+    names = [system["name"] for system in result["systems"]]
+    clear = {frozenset((pair["candidate"], pair["baseline"])) for pair in result["pairs"]
+             if not pair["interval"][0] <= 0.5 <= pair["interval"][1]}
+    return [[f"{'' if rate is None else f'{rate:.1%}':>6}{'*' if {ours, theirs} in clear else ' '}"
+             for theirs, rate in zip(names, rates, strict=True)]
+            for ours, rates in zip(names, result["win_rates"], strict=True)]
 
 
 def rating(system: Mapping[str, Any]) -> str:
