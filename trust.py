@@ -20,11 +20,10 @@ from itertools import combinations
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from compare import append
 from court import DEFAULT_JUDGE, Asking, Court, Heard, add_options, require_writable_file, taken
 from feedback import Markers
 from judge import Comparison, Judge, Verdict, notice
-from outcome import agreement_of, costs
+from outcome import agreement_of, append, costs
 from utils import UserError
 
 if TYPE_CHECKING:
