@@ -28,7 +28,8 @@ class OpenAIJudge:
     concurrency: requests in flight. sleep_time: seconds from the start of one to the start of the next. Rate limits,
     server errors, timeouts, lost connections and answers that are none are tried again, `tries` times, after what
     Retry-After says (it holds for all requests) or else after twice as long each time, from `backoff` seconds on;
-    other refusals stop at once. timeout: seconds for a whole answer, however it drips.
+    other refusals stop at once. timeout: seconds for a whole answer, however it drips. max_tokens: of an answer (None:
+    10, or 120 with a reason). What settings the model does not take, as newer ones of OpenAI, it is asked without.
     """
 
     order_blind = False
@@ -38,16 +39,20 @@ class OpenAIJudge:
 
     def __init__(self, model: str, template: PromptTemplate | None = None, seed: int = 0, sleep_time: float = 0.5,
                  concurrency: int = 8, tries: int = 8, timeout: float = 60.0, backoff: float = 1.0,
+                 max_tokens: int | None = None,
                  run: Callable[[Coroutine[Any, Any, None]], None] | None = None) -> None:
         if concurrency < 1:
             raise UserError(f"--concurrency: got {concurrency}; give 1 or more requests")
         if not (math.isfinite(sleep_time) and sleep_time >= 0):
             raise UserError(f"--sleep_time: got {sleep_time}; give 0 or more seconds")
+        if max_tokens is not None and max_tokens < 1:
+            raise UserError(f"--max_tokens: got {max_tokens}; give 1 or more, or leave it out")
         self.name, self.template, self.seed = model, template or PromptTemplate(), seed
         self.sleep_time, self.concurrency = sleep_time, concurrency
         self.tries, self.timeout, self.backoff = tries, timeout, backoff
         self.run = run or in_a_loop
-        self.max_tokens = MAX_TOKENS_REASON if self.template.reason else MAX_TOKENS
+        self.max_tokens = max_tokens or (MAX_TOKENS_REASON if self.template.reason else MAX_TOKENS)
+        self.refused: set[str] = set()  # settings that the model does not take
         self.secret = api_key()
         self.base_url = os.environ.get("OPENAI_BASE_URL") or "https://api.openai.com/v1"
 
@@ -67,6 +72,12 @@ class OpenAIJudge:
     def identity(self, question: Question) -> dict[str, Any]:
         return {"judge": self.name, "endpoint": self.endpoint, "temperature": 0, "max_tokens": self.max_tokens,
                 "seed": self.seed, "labels": self.labels, "messages": self.messages(question)}
+
+    def settings(self) -> dict[str, int]:
+        """What a request says beside the messages."""
+        limit = "max_completion_tokens" if "max_tokens" in self.refused else "max_tokens"
+        wanted = {"temperature": 0, limit: self.max_tokens, "seed": self.seed}
+        return {name: value for name, value in wanted.items() if name not in self.refused}
 
     def size(self, question: Question) -> int:
         return sum(len(message["content"].encode(errors="replace")) for message in self.messages(question))
@@ -175,14 +186,17 @@ class Exchange:
             return self.end(UserError(f"{limit}; what was answered is in the cache, and the same command goes on"))
         self.bill.start(estimate, again=self.failures[number] > 0)
         self.in_flight += 1
-        outcome = await self.send(question)
+        outcome = await self.send(question, settings := self.judge.settings())
         self.in_flight -= 1
         if isinstance(outcome, Answer):
             self.bill.settle(estimate, outcome, size)
             self.close_one(number, outcome)
         else:
             self.bill.settle(estimate, None, charged=outcome.charged)
-            self.fail(number, outcome)
+            if outcome.unsupported in settings:
+                self.do_without(number, outcome)
+            else:
+                self.fail(number, outcome)
 
     def close_one(self, number: int | None = None, answer: Answer | None = None) -> None:
         """A question is done with; answer: None where another run has asked it."""
@@ -196,18 +210,27 @@ class Exchange:
         if not self.open:
             self.end()
 
-    async def send(self, question: Question) -> Answer | Failure:
+    async def send(self, question: Question, settings: dict[str, int]) -> Answer | Failure:
         import openai
 
         try:
             async with asyncio.timeout(self.judge.timeout):
                 completion = await self.client.chat.completions.create(
-                    model=self.judge.name, messages=self.judge.messages(question), temperature=0,
-                    max_tokens=self.judge.max_tokens, seed=self.judge.seed)
+                    model=self.judge.name, messages=self.judge.messages(question), **settings)
             answer = answer_of(completion)
             return answer._replace(text=self.judge.clean(answer.text))
         except (openai.APIError, ValueError, TimeoutError) as error:  # ValueError: status 200, but not a completion
             return Failure(error, self.judge.clean(f"{type(error).__name__}: {error.__cause__ or error}"))
+
+    def do_without(self, number: int, failure: Failure) -> None:
+        """Ask again, at once, without a setting that the model does not take."""
+        name, judge = failure.unsupported, self.judge
+        judge.refused.add(name)
+        instead = {"temperature": "at its own temperature, so that answers may differ from time to time",
+                   "max_tokens": f"with max_completion_tokens {judge.max_tokens}; what thinks before it answers needs "
+                                 "more: --max_tokens 2000"}.get(name, "without it")
+        self.say(f"judge {judge.name}: takes no {name}; asked {instead}", f"no {name}")
+        self.line.put_nowait(number)
 
     def fail(self, number: int, failure: Failure) -> None:
         """Put the question back in the line, later; or, where that cannot help, end it all."""

@@ -49,6 +49,7 @@ class Asking:
     orders: int = 2
     cache: str | Path | None = None
     concurrency: int | None = None
+    max_tokens: int | None = None
     max_requests: int | None = None
     max_cost: float | None = None
     price: Sequence[float] | None = None
@@ -82,8 +83,8 @@ class Asking:
 
     def judges(self, markers: Markers) -> list[Judge]:
         words = self.words(markers)
-        return [make_judge(judge, words, self.seed, self.sleep_time, self.concurrency) if isinstance(judge, str)
-                else judge for judge in self.several]
+        return [make_judge(judge, words, self.seed, self.sleep_time, self.concurrency, self.max_tokens)
+                if isinstance(judge, str) else judge for judge in self.several]
 
 
 @dataclass(frozen=True)
@@ -176,6 +177,7 @@ def add_options(add: Callable[..., Any]) -> None:
     add("--verbose", "-v", type=truth, default=False, metavar="true|false", help="show each verdict (false)")
     add("--orders", type=int, default=2, choices=(1, 2), help="ask in both orders, or in a shuffled one (2)")
     add("--concurrency", type=int, help="requests in flight (8)")
+    add("--max_tokens", type=int, help="of an endpoint's answer (10; 120 with --reason)")
     add("--cache", default=DEFAULT_CACHE, help=f"file or folder of answers, not asked for again ({DEFAULT_CACHE})")
     add("--no_cache", dest="cache", action="store_const", const=None, help="neither read nor keep answers")
     add("--price", type=float, nargs=2, metavar=("IN", "OUT"), help="dollars per million tokens (none)")

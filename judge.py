@@ -29,11 +29,11 @@ SLEEP_TIME, CONCURRENCY = 0.5, 8
 
 
 def make_judge(spec: str, template: PromptTemplate | None = None, seed: int = 0, sleep_time: float | None = None,
-               concurrency: int | None = None) -> Judge:
+               concurrency: int | None = None, max_tokens: int | None = None) -> Judge:
     """The judge that `spec` names: rm:PATH, hf:PATH, or a model of the OpenAI-compatible endpoint.
 
     sleep_time, concurrency: of the endpoint's requests; None are 0.5 s and 8 at once, but no sleep where only
-    concurrency is given.
+    concurrency is given. max_tokens: of its answers.
     """
     template = template or PromptTemplate()
     prefix, colon, rest = spec.partition(":")
@@ -49,7 +49,8 @@ def make_judge(spec: str, template: PromptTemplate | None = None, seed: int = 0,
         raise UserError(f"--judge: got {spec!r}; give hf:PATH, rm:PATH, or a model's name at the endpoint")
     if sleep_time is None:
         sleep_time = SLEEP_TIME if concurrency is None else 0.0
-    return OpenAIJudge(spec, template, seed, sleep_time, CONCURRENCY if concurrency is None else concurrency)
+    return OpenAIJudge(spec, template, seed, sleep_time, CONCURRENCY if concurrency is None else concurrency,
+                       max_tokens=max_tokens)
 
 
 @dataclass(frozen=True)

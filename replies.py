@@ -2,6 +2,7 @@
 
 import email.utils
 import math
+import re
 import time
 from typing import Any
 
@@ -25,6 +26,8 @@ class Failure:
         self.charged = status is None  # who got no answer may have been served all the same
         self.of_this_question = status in (400, 413, 422) and (
             code in ("context_length_exceeded", "content_filter") or "maximum context length" in said)
+        unsupported = re.search(r"unsupported (?:parameter|value): '(\w+)'", said) if status in (400, 422) else None
+        self.unsupported = unsupported[1] if unsupported else ""  # a setting that the model does not take
         self.final = status is not None and (
             code == "insufficient_quota" or not (status in (408, 409, 425, 429) or status >= 500))
 

@@ -3,6 +3,7 @@
 from collections.abc import Sequence
 from pathlib import Path
 
+from api_judge import MAX_TOKENS, MAX_TOKENS_REASON
 from court import Asking
 from docket import BYTES_A_TOKEN
 from samples_file import SamplesFile
@@ -10,7 +11,6 @@ from utils import UserError
 
 EFFECTS = (0.02, 0.03, 0.05, 0.1, 0.2)
 TIES = (0.0, 0.2, 0.5)
-MAX_TOKENS_OF_A_CHOICE = 10
 
 
 def plan(effects: Sequence[float], how: Asking, file: str | None = None, max_comp: int | None = None) -> str:
@@ -45,6 +45,7 @@ def forecast(samples: SamplesFile, n: int, how: Asking) -> str:
                                  samples.texts("--candidate_key", "policy"), strict=True))[:n]:
         said = words.messages(prompt, (text, text))
         size += sum(len(message["content"].encode(errors="replace")) for message in said)
-    tokens_in, tokens_out = times * size / BYTES_A_TOKEN, times * n * MAX_TOKENS_OF_A_CHOICE
+    each = how.max_tokens or (MAX_TOKENS_REASON if how.reason else MAX_TOKENS)
+    tokens_in, tokens_out = times * size / BYTES_A_TOKEN, times * n * each
     cost = f", some ${bill.dollars(tokens_in, tokens_out):.2f}" if bill.price else " (--price tells what that costs)"
     return f"{times * n} requests, some {tokens_in:,.0f} tokens in and {tokens_out:,} out at most{cost}"

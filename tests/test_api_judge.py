@@ -91,6 +91,36 @@ def test_a_reason_has_more_tokens(monkeypatch: Patch) -> None:
     assert request["body"]["max_tokens"] == 120 and verdict.reasons == ("It is kind.",)
 
 
+def newer(request: dict[str, Any]) -> Any:
+    """As OpenAI's newer models: no max_tokens, no temperature but their own."""
+    if "max_tokens" in request["body"]:
+        return 400, {"error": {"message": "Unsupported parameter: 'max_tokens' is not supported with this model. Use "
+                                          "'max_completion_tokens' instead.", "code": "unsupported_parameter"}}
+    if "temperature" in request["body"]:
+        return 400, {"error": {"message": "Unsupported value: 'temperature' does not support 0 with this model. Only "
+                                          "the default (1) value is supported.", "code": "unsupported_value"}}
+    return "Response 1"
+
+
+def test_a_model_is_asked_without_settings_that_it_does_not_take(monkeypatch: Patch, capsys: pytest.CaptureFixture[str]
+                                                                 ) -> None:
+    """Each refusal costs a request, of those in flight; from then on all are asked as it likes."""
+    verdicts, requests, bill = ask(monkeypatch, newer, pairs(5), concurrency=1, tries=1, max_tokens=2000)
+    assert len(verdicts) == 5 and len(requests) == bill.requests == 7 and bill.retries == 0
+    assert {key: value for key, value in requests[-1]["body"].items() if key != "messages"} == {
+        "model": "a-model", "max_completion_tokens": 2000, "seed": 0}
+    said = capsys.readouterr().err
+    assert said.count("takes no max_tokens; asked with max_completion_tokens 2000") == 1
+    assert said.count("takes no temperature; asked at its own temperature") == 1
+    assert len(ask(monkeypatch, newer, pairs(20), concurrency=8)[0]) == 20
+
+
+def test_a_model_that_refuses_what_it_was_not_asked_for_is_given_up(monkeypatch: Patch) -> None:
+    refusal = 400, {"error": {"message": "Unsupported parameter: 'max_tokens' is not supported", "code": None}}
+    with pytest.raises(UserError, match="failed for good, at try 1"):
+        ask(monkeypatch, [refusal])
+
+
 def test_both_orders_are_two_requests_and_a_judge_that_likes_a_place_makes_ties(monkeypatch: Patch) -> None:
     [verdict], requests, _ = ask(monkeypatch, ["Response 1"], orders=2)
     questions = [request["body"]["messages"][1]["content"] for request in requests]

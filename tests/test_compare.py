@@ -416,7 +416,7 @@ def test_a_bad_samples_file_is_told_in_words(tmp_path: Path, content: str | None
     ("-j rm:/no/such", "--judge rm:/no/such: no such folder"), ("-j hf:/no/such", "--judge hf:/no/such"),
     ("-j x:y", "--judge: got 'x:y'"), ("--max_cost 1", "--max_cost: needs --price"), ("--max_requests -1", "--max_req"),
     ("--until_width 2", "--until_width: got 2"), ("-j a -j b --until_width 0.1", "--until_width: got 2 judges"),
-    ("-j a -j a", "--judge: a is named twice"),
+    ("-j a -j a", "--judge: a is named twice"), ("--max_tokens 0", "--max_tokens: got 0"),
     ("--template no.txt", "--template: cannot read no.txt"), ("-j rm:{folder} --reason", "--reason: --judge rm:"),
     ("", "OPENAI_API_KEY is not set")])
 def test_a_mistake_on_the_command_line_ends_with_2_before_anything_is_judged(
