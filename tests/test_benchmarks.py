@@ -1,5 +1,6 @@
 """The benchmarks' arithmetic: FLOPs against torch's counter, medians, tables, turns; no clock is looked at."""
 
+import ast
 import sys
 from typing import Any
 
@@ -15,6 +16,7 @@ sys.path.append(str(REPOSITORY / "benchmarks"))  # last: some of its names are m
 from counting import Shape, counter, padded, padded_flops, useful_flops
 from measuring import middle, table
 from naive import Naive, Ways
+from stand_in import preferred
 from steps import LIVE, Measured, Way, judge, ladder, scored_share, ways
 
 TOY = Shape(hidden=32, layers=2, queries=32, keys=16, feed_forward=48, vocabulary=V)
@@ -145,3 +147,15 @@ def test_middle_says_the_median_and_the_range() -> None:
 def test_table_puts_columns_of_numbers_to_the_right() -> None:
     assert table(["way", "s"], [["ours", "1.5 (1 to 2)"], ["other", ""]]) == (
         "| way | s |\n| --- | ---: |\n| ours | 1.5 (1 to 2) |\n| other |  |")
+
+
+@pytest.mark.parametrize(("first", "second", "better"), [
+    ("Yes.", "Yes, it is.", "model_2"), ("Yes, it\nis.", "Yes.", "model_1"), ("No.", "Yes.", "model_2"),
+    ("", "", "model_1")])
+def test_the_stand_in_for_a_judge_ranks_the_longer_answer_first(first: str, second: str, better: str) -> None:
+    """In the question of alpaca_eval's `alpaca_eval_gpt4`, whose answers stand between triple quotes."""
+    question = ("the prompt: {\n    \"instruction\": \"\"\"Is it?\"\"\",\n}\n\n[\n"
+                f'    {{\n        "model": "model_1",\n        "answer": """{first}"""\n    }},\n'
+                f'    {{\n        "model": "model_2",\n        "answer": """{second}"""\n    }}\n]\n\nNow rank.')
+    ranked = {row["rank"]: row["model"] for row in ast.literal_eval(preferred(question))}
+    assert ranked == {1: better, 2: {"model_1": "model_2", "model_2": "model_1"}[better]}

@@ -1,9 +1,10 @@
 """`eval.py` on runs of the tiny model: the same numbers as in training, and the samples file."""
 
 import json
+import random
 import shutil
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from datetime import datetime
 from pathlib import Path
 from typing import Any
@@ -348,9 +349,10 @@ INSTRUCTIONS = [{"dataset": "helpful_base", "instruction": f"Name {n} birds. ", 
                  "generator": "text_davinci_003"} for n in (7, 3, 5)]
 
 
-def alpaca(tmp_path: Path, *arguments: str, name: str = "sft") -> list[dict[str, str]]:
-    """The file that mode=alpacaeval writes on INSTRUCTIONS."""
-    (tmp_path / "copy.json").write_text(json.dumps(INSTRUCTIONS))
+def alpaca(tmp_path: Path, *arguments: str, name: str = "sft",
+           instructions: Sequence[dict[str, str]] = INSTRUCTIONS) -> list[dict[str, str]]:
+    """The file that mode=alpacaeval writes on these instructions."""
+    (tmp_path / "copy.json").write_text(json.dumps(instructions))
     assert call(evaluation.main, *arguments, f"++datasets=[demo,'alpacaeval:{tmp_path / 'copy.json'}']",
                 "++mode=alpacaeval", "model.max_length=48", f"samples_dir={tmp_path}") == 0
     assert [file.name for file in tmp_path.glob("*.json") if file.name != "copy.json"] == [f"alpaca_{name}.json"]
@@ -372,6 +374,19 @@ def test_alpacaeval_keeps_the_last_batch_and_its_text_does_not_depend_on_batches
     found = [alpaca(tmp_path, "--config-path=cache/sft", f"model.eval_batch_size={size}") for size in (2, 3)]
     assert found[0] == found[1]
     assert len({answer["output"] for answer in found[0]}) == 3
+
+
+def test_alpacaeval_answers_as_many_instructions_as_the_real_one_has(tmp_path: Path) -> None:
+    """805, in an order that is drawn: 12 batches of 64 and one of 37. The keys are all that `alpaca_eval` asks for."""
+    numbers = random.Random(0).sample(range(1000), 805)
+    found = alpaca(tmp_path, "--config-path=cache/sft", "model.eval_batch_size=64", instructions=[
+        {"dataset": "koala", "instruction": f"Name {n} birds.", "output": f"Here are {n}.",
+         "generator": "text_davinci_003"} for n in numbers])
+    assert {tuple(row) for row in found} == {("instruction", "output", "reference", "generator")}
+    assert [(row["instruction"], row["reference"]) for row in found] == [
+        (f"Name {n} birds.", f"Here are {n}.") for n in numbers]
+    assert {row["generator"] for row in found} == {"sft"}
+    assert len({row["output"] for row in found}) > 800  # a random model, with random numbers of each prompt's own
 
 
 @pytest.mark.parametrize(("named", "read"), [
