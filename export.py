@@ -2,6 +2,7 @@
 
 import copy
 import json
+import shutil
 from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -51,6 +52,8 @@ def save_policy(policy: Policy, state: Mapping[str, Tensor], tokenizer: "PreTrai
         eos: Any = tokenizer.eos_token_id
         patch_json(folder / "export/generation_config.json", pad_token_id=tokenizer.pad_token_id,
                    eos_token_id=sorted({*known, eos}) if isinstance(known, list) else eos)
+    for file in folder.rglob("*.safetensors"):  # which are written for their owner alone
+        shutil.copymode(folder / "policy.pt", file)
 
 
 def patch_json(file: Path, **values: Any) -> None:

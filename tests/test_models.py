@@ -679,6 +679,13 @@ def test_the_export_carries_what_other_tools_look_for(tmp_path: Path, bos_folder
     assert loaded("Hello.")["input_ids"] == tokenizer("Hello.")["input_ids"]
 
 
+def test_whoever_may_read_policy_pt_may_read_the_export(tmp_path: Path, tokenizer: PreTrainedTokenizerBase) -> None:
+    """`safetensors` gives its files to their owner alone, so that a server of another user could not load them."""
+    policy = toy_policy("llama", dtype=torch.float32)
+    save_policy(policy, full_state(policy), tokenizer, tmp_path, 7, {}, torch.float32)
+    assert (tmp_path / "export/model.safetensors").stat().st_mode == (tmp_path / "policy.pt").stat().st_mode
+
+
 def test_generation_from_the_export_ends_at_the_tokenizers_eos(tmp_path: Path,
                                                                tokenizer: PreTrainedTokenizerBase) -> None:
     """The completions end in the tokenizer's EOS, id 0; the base model's config says 2, as some models' do."""
