@@ -1,8 +1,8 @@
 """Sampling by vLLM, where that is installed: `++sampler=vllm`.
 
 The prompts' ids, their limits and where answers end are those of `sampling.sample`; the random numbers are vLLM's own,
-seeded for each prompt by the seed and the prompt's number. Written against vLLM's documented interface (`LLM.generate`
-with a `TokensPrompt` and a `SamplingParams` for each prompt), and not yet run with a real one.
+seeded for each prompt by the seed and the prompt's number. It needs of vLLM `LLM.generate` with a `TokensPrompt` and a
+`SamplingParams` for each prompt; it was run with version 0.32.0 on a CPU, not yet on a GPU (docs/evaluation.md).
 """
 
 import importlib
