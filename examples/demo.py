@@ -81,7 +81,7 @@ def table(cache: Path) -> str:
         ("KTO: held-out loss", f"{kto[0]['loss/eval']:.4f}", f"{kto[-1]['loss/eval']:.4f}"),
         (f"KTO: reward accuracy on {held_out} pairs", before,
          percent(kto[-1]["rewards_eval/accuracies"], wilson(kto[-1]["rewards_eval/accuracies"], held_out))),
-        ("KTO: reward margin, chosen - rejected", f"{kto[0]['rewards_eval/margins']:.3f}",
+        ("KTO: reward margin, chosen - rejected", f"{round(kto[0]['rewards_eval/margins'], 3) + 0.0:.3f}",  # no -0.000
          f"{kto[-1]['rewards_eval/margins']:.3f}"),
         ("sample length, tokens (mean)", f"{mean(result['baseline']['lengths']):.0f}",
          f"{mean(result['candidate']['lengths']):.0f}"),
