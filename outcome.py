@@ -140,8 +140,8 @@ def statistics(line: Mapping[str, Any]) -> list[str]:
         return ["no verdict could be read"]
     said = [f"win rate {rate(line)} (95% interval; a tie is half a win, unparsed verdicts are left out)"]
     if "stopped" in line:
-        said.append(f"stopped after {line['total']}: {line['stopped']}; interval and p = {line['p_value']:.2g} hold "
-                    "however often one looks")
+        said.append(f"after {line['total']}: {line['stopped']}; interval and p = {line['p_value']:.2g} hold however "
+                    "often one looks")
     else:
         said.append(f"exact test against 50%: p = {line['p_value']:.2g}")
     if "length_controlled" in line:

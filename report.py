@@ -172,7 +172,8 @@ def figures(result: Mapping[str, Any]) -> str:
     """The other numbers of the result, those that it has: a <dl>'s groups."""
     total, flips = result["total"] or 1, result.get("flips")
     flip_rate = result.get("flip_rate", None if flips is None else flips / total)
-    shown = {"Flips with the order": "one order asked" if flip_rate is None else number(flip_rate, percent)}
+    shown = {} if "panel" in result else {
+        "Flips with the order": "one order asked" if flip_rate is None else number(flip_rate, percent)}
     unit = result.get("length_unit", "")
     for side in ("candidate", "baseline"):
         lengths = result[side].get("lengths")
@@ -237,7 +238,7 @@ def parts(result: Mapping[str, Any], rows: Sequence[Shown]) -> dict[str, Sequenc
     overall = []
     if result["win_rate"] is not None and result["interval"] is not None:
         low, high = result["interval"]
-        overall.append(Slice("all", result["win_rate"], low, high, result["total"]))
+        overall.append(Slice("all", result["win_rate"], low, high, result["total"] - result["unparsed"]))
     controlled = result.get("length_controlled") or {}
     if controlled:
         low, high = controlled["interval"]

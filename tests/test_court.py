@@ -36,7 +36,7 @@ def test_it_stops_where_enough_is_known(tmp_path: Path, capsys: Screen) -> None:
     assert result["stopped"] == "the interval excludes 50%" and result["interval"][0] > 0.5 > result["p_value"]
     assert len(result["candidate"]["lengths"]) == result["total"] == result["candidate"]["wins"]
     assert {**result, "date": 0, "cached": 0} == {**results[1], "date": 0, "cached": 0}
-    assert f"stopped after {result['total']}: the interval excludes 50%" in table_of(result)
+    assert f"after {result['total']}: the interval excludes 50%" in table_of(result)
     assert "no result is written" not in capsys.readouterr().err
 
 
