@@ -61,7 +61,10 @@ def words_of(text: str) -> str:
 
 
 def test_numbers_are_those_of_the_result(tmp_path: Path) -> None:
-    """Of 4: one win, one tie, one loss, one unparsed, which is in no rate. Mean lengths: (8 + 1 + 1 + 0) / 4 and (4 + 5 + 1 + 0) / 4."""
+    """Of 4: one win, one tie, one loss, one unparsed, which is in no rate.
+
+    Mean lengths: (8 + 1 + 1 + 0) / 4 and (4 + 5 + 1 + 0) / 4.
+    """
     shown = words_of(report(tmp_path, flips=1))
     for part in ["Win rate of policy 37.5% 95% interval 12.5% to 75.2%: it holds 50%", "1 wins 25.0%", "1 ties 25.0%",
                  "1 losses 25.0%", "1 unparsed 25.0%", "Flips with the order 25.0%", "Mean length, policy 2.5 tokens",
