@@ -19,7 +19,7 @@ from verdict_cache import VerdictCache
 from verdicts import Answer, Comparison, Question, Reading, Verdict
 
 if TYPE_CHECKING:
-    from winrates import LengthControlled
+    from ratings import LengthControlled
 
 __all__ = ["Answer", "Bill", "Comparison", "Docket", "FileTemplate", "HuggingFaceJudge", "Judge", "OpenAIJudge",
            "PromptTemplate", "Question", "Reading", "RewardModelJudge", "Summary", "Verdict", "VerdictCache",
@@ -81,7 +81,8 @@ def summarise(comparisons: Sequence[Comparison], verdicts: Sequence[Verdict], le
     read is counted, and tells nothing. Comparisons of one prompt are not taken as independent. lengths: of the
     candidate's responses, and of the baseline's.
     """
-    from winrates import estimate, length_controlled, sign_test
+    from ratings import length_controlled
+    from winrates import estimate, sign_test
 
     winners = [verdict.winner for verdict in verdicts]
     ties = sum(verdict.why == "tie" for verdict in verdicts)

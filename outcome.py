@@ -110,7 +110,7 @@ def facts(summary: Summary) -> dict[str, Any]:
 
 def agreement_of(one: Sequence[Verdict], other: Sequence[Verdict], prompts: Sequence[str]) -> dict[str, Any]:
     """Cohen's kappa of two judges' verdicts (candidate, tie, baseline), of the comparisons that both could read."""
-    from winrates import kappa
+    from agreements import kappa
 
     both = [row for row in zip([a.score for a in one], [b.score for b in other], prompts, strict=True)
             if None not in row]

@@ -172,7 +172,8 @@ def rated(systems: Sequence[System], judged: Sequence[Judged], seed: int) -> lis
 
     elo: points above the mean of all; win_rate: over all others; comparisons: those that could be read.
     """
-    from winrates import bradley_terry, estimate
+    from ratings import bradley_terry
+    from winrates import estimate
 
     ratings = bradley_terry([one[:3] for one in judged], [one.prompt for one in judged])
     found = {}

@@ -151,7 +151,8 @@ class Trial:
         says that the response in the first place, as it was drawn, is better, that in the second, or neither.
         position_bias and flip_rate: where each was asked in both orders.
         """
-        from winrates import Estimate, agreement, estimate, kappa, length_bias, position_bias
+        from agreements import agreement, kappa, length_bias, position_bias
+        from winrates import Estimate, estimate
 
         read = [place for place, verdict in enumerate(verdicts) if verdict.score is not None]
         own, pairs = [verdicts[place] for place in read], [self.comparisons[place] for place in read]

@@ -1,4 +1,4 @@
-"""How often the intervals of winrates.py hold the truth: simulated experiments, each cell with its own fixed seed.
+"""How often intervals of win rates, ratings and kappa hold the truth: simulated experiments, a fixed seed a cell.
 
     python benchmarks/coverage.py [--experiments 10000]
 
@@ -20,7 +20,10 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from measuring import table
 
 import winrates
+from agreements import kappa
 from anytime import AnytimeInterval
+from ratings import Rating, bradley_terry
+from ratings import length_controlled as at_equal_lengths
 from winrates import bootstrap_interval, effective_counts, score_interval
 
 Array = np.ndarray
@@ -136,7 +139,7 @@ def length_controlled(n: int, rate: float, effect: float, ties: float, experimen
         P = 1 / (1 + np.exp(-math.log(rate / (1 - rate)) - effect * np.tanh(d / 100)))
         tie, u = 2 * ties * np.minimum(P, 1 - P), rng.random(n)
         scores = np.where(u < P - tie / 2, 1, np.where(u < P + tie / 2, 0.5, 0))
-        got = winrates.length_controlled(scores, d, np.zeros(n))
+        got = at_equal_lengths(scores, d, np.zeros(n))
         inside.append(got.low <= rate <= got.high)
         controlled.append(got.win_rate)
         plain.append(scores.mean())
@@ -157,9 +160,9 @@ def ratings(prompts: int, step: float, experiments: int) -> float:
         strength = step * np.array([1.5, 0.5, -0.5, -1.5]) + rng.normal(0, 0.5, (n, 4))
         return 1 / (1 + np.exp(strength[:, j] - strength[:, i]))  # (n, pairs)
 
-    def rated(scores: Array, names: list[int]) -> list[winrates.Rating]:
+    def rated(scores: Array, names: list[int]) -> list[Rating]:
         rows = [(*pairs[pair], float(value)) for row in scores for pair, value in enumerate(row)]
-        return sorted(winrates.bradley_terry(rows, names), key=lambda rating: str(rating.name))
+        return sorted(bradley_terry(rows, names), key=lambda rating: str(rating.name))
 
     def each(n: int) -> list[int]:
         return [prompt for prompt in range(n) for _ in pairs]
@@ -178,7 +181,7 @@ def kappas(n: int, agree: float, experiments: int) -> float:
     drawn = np.random.default_rng([n, round(100 * agree)]).multinomial(n, shares, size=experiments)
     tables, weights = np.unique(drawn, axis=0, return_counts=True)
     first, second = [0, 0, 1, 1], [0, 1, 0, 1]
-    got = [winrates.kappa(np.repeat(first, cells).tolist(), np.repeat(second, cells).tolist(), draws=1000)
+    got = [kappa(np.repeat(first, cells).tolist(), np.repeat(second, cells).tolist(), draws=1000)
            for cells in tables]
     return held(np.array([(one.low, one.high) for one in got]).T, 2 * agree - 1, weights)
 
@@ -196,7 +199,7 @@ def kappas_of_prompts(prompts: int, agree: float, alike: float, experiments: int
         first = rng.integers(0, 2, len(names))
         same = np.where(rng.random(len(names)) < math.sqrt(alike), shared[names], own)
         second = np.where(same, first, 1 - first)
-        got = [winrates.kappa(first.tolist(), second.tolist(), known, draws=1000) for known in (names.tolist(), None)]
+        got = [kappa(first.tolist(), second.tolist(), known, draws=1000) for known in (names.tolist(), None)]
         inside.append([one.low <= 2 * agree - 1 <= one.high for one in got])
     of_prompts, of_comparisons = np.mean(inside, 0)
     return float(of_prompts), float(of_comparisons)

@@ -19,9 +19,9 @@ import tournament
 from compare import compare_files, main
 from docket import Docket
 from judge import Question
+from ratings import ELO, bradley_terry
 from tournament import file_and_key, rank_files, table_of
 from utils import REPOSITORY, UserError
-from winrates import ELO, bradley_terry
 
 from endpoint import Endpoint, completion  # isort: skip  # of benchmarks/, which `judged` puts on the path
 
