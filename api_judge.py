@@ -94,7 +94,7 @@ class OpenAIJudge:
         notice(self.forecast(questions, docket))
         exchange = Exchange(self, questions, docket)
         self.run(exchange.all())
-        if exchange.stopped:
+        if exchange.stopped and not docket.over():
             raise exchange.stopped
 
     def forecast(self, questions: Sequence[Question], docket: Docket) -> str:
@@ -207,7 +207,7 @@ class Exchange:
             except (UserError, OSError) as error:  # a disk that is full
                 return self.end(error)
         self.open -= 1
-        if not self.open:
+        if not self.open or self.docket.over():
             self.end()
 
     async def send(self, question: Question, settings: dict[str, int]) -> Answer | Failure:

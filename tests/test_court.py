@@ -67,6 +67,31 @@ def test_an_endpoint_is_asked_no_more_than_it_takes(tmp_path: Path, monkeypatch:
     assert len(VerdictCache(tmp_path / ".cache/verdicts.jsonl").answers) == len(endpoint.requests)
 
 
+def test_who_waits_for_a_turn_to_ask_does_not_ask_when_enough_is_known(tmp_path: Path, monkeypatch: Patch) -> None:
+    """Requests start 30 ms apart and are answered at once: few are in flight, most of the 8 wait for their turn."""
+    file = write_samples(tmp_path / "run.json", [(prompt(str(i)), "a.", "three four five.") for i in range(200)])
+    with Endpoint(by_content) as endpoint:
+        serve(endpoint, monkeypatch)
+        command = ["-f", str(file), "-r", "r", "--concurrency", "8", "-st", "0.03", "--until_width", "0.1"]
+        assert main(command) == 0
+    result = json.loads((tmp_path / "r").read_text())
+    assert 2 * result["total"] <= len(endpoint.requests) == result["requests"] <= 2 * result["total"] + 3
+
+
+def test_a_limit_that_enough_verdicts_are_within_stops_nothing(tmp_path: Path, monkeypatch: Patch) -> None:
+    """The last that count are in flight when the limit forbids another."""
+    file = write_samples(tmp_path / "run.json", [(prompt(str(i)), "a.", "three four five.") for i in range(200)])
+    command = ["-f", str(file), "-r", "r", "--no_cache", "--concurrency", "8", "--until_width", "0.1"]
+    with Endpoint(by_content, delay=0.02) as endpoint:
+        serve(endpoint, monkeypatch)
+        assert main(command) == 0
+        most = 2 * json.loads((tmp_path / "r").read_text())["total"]
+        assert main([*command, "--max_requests", str(most)]) == 0
+        assert main([*command, "--max_requests", str(most - 1)]) == 2
+    first, second = (json.loads(line) for line in (tmp_path / "r").read_text().splitlines())
+    assert first["total"] == second["total"] and second["requests"] == most
+
+
 def test_a_panel_decides_by_majority_and_says_how_far_its_judges_agree(samples: Path, tmp_path: Path) -> None:
     """By length: won, won, lost, tied, not read. The one that likes "x" flips on "x." against "y z.", the other way
     round it agrees: scores 1, 1/2, 0, 1/2, none. The panel, with twice the first: 1, 1, 0, 1/2, none."""
