@@ -105,5 +105,6 @@ class Stopping:
 
     def facts(self) -> dict[str, Any]:
         """What takes the place of the statistics of a number of comparisons that was set beforehand."""
-        return {"win_rate": self.anytime.win_rate, "interval": list(self.anytime.interval), "p_value": self.p_value,
+        rate = self.anytime.win_rate if self.anytime.n else None
+        return {"win_rate": rate, "interval": list(self.anytime.interval), "p_value": self.p_value,
                 "until_width": self.width, "stopped": self.why or "all were judged"}

@@ -56,6 +56,13 @@ def test_where_it_need_not_stop_all_are_judged_in_random_order(tmp_path: Path) -
     assert sorted(judge.seen) == sorted(plain.seen) and judge.seen != plain.seen
 
 
+def test_where_nothing_can_be_read_there_is_no_win_rate(tmp_path: Path) -> None:
+    file = write_samples(tmp_path / "run.json", [(prompt(str(i)), "a.", "") for i in range(3)])
+    result = compare_files(file, LongerWins(), until_width=0.05)
+    assert (result["win_rate"], result["interval"], result["p_value"], result["unparsed"]) == (None, [0, 1], 1, 3)
+    assert "no verdict could be read" in table_of(result)
+
+
 def test_an_endpoint_is_asked_no_more_than_it_takes(tmp_path: Path, monkeypatch: Patch) -> None:
     """8 in flight may be answered after the last that counts; their answers are kept."""
     file = write_samples(tmp_path / "run.json", [(prompt(str(i)), "a.", "three four five.") for i in range(200)])
