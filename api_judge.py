@@ -54,7 +54,7 @@ class OpenAIJudge:
         self.max_tokens = max_tokens or (MAX_TOKENS_REASON if self.template.reason else MAX_TOKENS)
         self.refused: set[str] = set()  # settings that the model does not take
         self.secret = api_key()
-        self.base_url = os.environ.get("OPENAI_BASE_URL") or "https://api.openai.com/v1"
+        self.base_url = base_url()
 
     @property
     def labels(self) -> str:
@@ -270,6 +270,19 @@ def api_key() -> str:
     if not (key.isascii() and key.isprintable()):
         raise UserError("OPENAI_API_KEY has characters that no key has (a line break, or not ASCII); export it again")
     return key
+
+
+def base_url() -> str:
+    """Where the endpoint is. What was given is not repeated in a message: a password may be in it."""
+    url = os.environ.get("OPENAI_BASE_URL", "").strip() or "https://api.openai.com/v1"
+    try:
+        parts = urllib.parse.urlsplit(url)
+        whole = parts.scheme in ("http", "https") and parts.hostname and parts.port != 0
+    except ValueError:  # brackets that do not match, or a port that is none
+        whole = False
+    if not whole:
+        raise UserError("OPENAI_BASE_URL is no address of an endpoint; export one such as http://localhost:8000/v1")
+    return url
 
 
 def in_a_loop(work: Coroutine[Any, Any, None]) -> None:

@@ -242,6 +242,16 @@ def test_a_key_that_is_a_placeholder_may_stand_in_an_answer(monkeypatch: Patch) 
     assert verdict.text == "Response 1"
 
 
+@pytest.mark.parametrize("url", ["me:secret@host:8000/v1", "host/v1", "ftp://me:secret@host/v1", "http:///v1",
+                                 "http://me:secret@[host/v1", "http://me:secret@host:99999/v1"])
+def test_an_address_that_is_none_is_told_at_once_and_not_repeated(monkeypatch: Patch, url: str) -> None:
+    monkeypatch.setenv("OPENAI_API_KEY", KEY)
+    monkeypatch.setenv("OPENAI_BASE_URL", url)
+    with pytest.raises(UserError, match="OPENAI_BASE_URL is no address") as told:
+        OpenAIJudge("a-model")
+    assert "secret" not in str(told.value)
+
+
 def test_a_password_in_the_address_is_neither_in_the_key_of_the_cache_nor_shown(monkeypatch: Patch) -> None:
     monkeypatch.setenv("OPENAI_API_KEY", KEY)
     monkeypatch.setenv("OPENAI_BASE_URL", "https://me:secret@host:8000/v1/?token=abc")
