@@ -47,6 +47,24 @@ def compare_files(file: str | Path, judge: str | Judge | Sequence[str | Judge] =
     how = Asking(judge, **asking)
     require_writable_file("--save_csv", save_csv)
     require_writable_file("--report", report)
+    ours, names, comparisons = chosen_from(file, how.seed, file2, candidate_key, baseline_key, history_key, max_comp)
+    stopping = None
+    if until_width is not None:
+        comparisons, stopping = in_random_order(comparisons, until_width, how)
+    for name, texts in zip(names, ([c.candidate for c in comparisons], [c.baseline for c in comparisons]), strict=True):
+        tell_empty(name, texts)
+    with Court(how, ours.markers) as court:
+        outcome = Outcome.heard_in(court, ours, names, comparisons, length_counter(ours.config), save_csv, stopping)
+    line = outcome.line()
+    if report:
+        outcome.write_page(report, line)
+    return line
+
+
+def chosen_from(file: str | Path, seed: int, file2: str | Path | None = None, candidate_key: str = "policy",
+                baseline_key: str | None = None, history_key: str = "prompt", max_comp: int | None = None
+                ) -> tuple[SamplesFile, tuple[str, str], list[Comparison]]:
+    """The candidate's file, the names of candidate and baseline, and what is to be compared (see `compare_files`)."""
     ours = SamplesFile.read(file)
     theirs = SamplesFile.read(file2) if file2 else ours
     baseline_key = baseline_key or ("policy" if file2 else "chosen")
@@ -59,18 +77,7 @@ def compare_files(file: str | Path, judge: str | Judge | Sequence[str | Judge] =
     pairs = pair_up(ours, theirs, candidate_key, baseline_key, history_key)
     if max_comp and max_comp > len(pairs):
         notice(f"--max_comp: {max_comp} asked for, {len(pairs)} there")
-    comparisons = comparisons_of(pairs, how.seed, max_comp)
-    stopping = None
-    if until_width is not None:
-        comparisons, stopping = in_random_order(comparisons, until_width, how)
-    for name, texts in zip(names, ([c.candidate for c in comparisons], [c.baseline for c in comparisons]), strict=True):
-        tell_empty(name, texts)
-    with Court(how, ours.markers) as court:
-        outcome = Outcome.heard_in(court, ours, names, comparisons, length_counter(ours.config), save_csv, stopping)
-    line = outcome.line()
-    if report:
-        outcome.write_page(report, line)
-    return line
+    return ours, names, comparisons_of(pairs, seed, max_comp)
 
 
 def in_random_order(comparisons: list[Comparison], width: float, how: Asking) -> tuple[list[Comparison], Any]:
@@ -116,7 +123,10 @@ def compare(argv: Sequence[str]) -> None:
     if effects is not None:
         from sample_size import plan
 
-        return print(plan(effects, how, options["file"], options["max_comp"]))
+        for name in ("save_csv", "report", "until_width"):
+            del options[name]
+        samples, _, comparisons = chosen_from(seed=how.seed, **options) if options["file"] else (None, None, ())
+        return print(plan(effects, how, samples, comparisons))
     if not options["file"]:
         raise UserError("--file: got none; give samples to compare, as eval.py ++mode=sample writes them")
     require_writable_file("--results_file", results_file)

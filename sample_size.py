@@ -1,21 +1,22 @@
 """How many comparisons it takes: `python compare.py --plan 0.05 [-f samples.json]`."""
 
 from collections.abc import Sequence
-from pathlib import Path
 
 from api_judge import MAX_TOKENS, MAX_TOKENS_REASON
 from court import Asking
 from docket import BYTES_A_TOKEN
 from samples_file import SamplesFile
 from utils import UserError
+from verdicts import Comparison
 
 EFFECTS = (0.02, 0.03, 0.05, 0.1, 0.2)
 TIES = (0.0, 0.2, 0.5)
 
 
-def plan(effects: Sequence[float], how: Asking, file: str | None = None, max_comp: int | None = None) -> str:
-    """What `--plan` prints: comparisons for win rates of 50% and so much more, and what those of `file` would tell and
-    cost. effects: shares from 0 to 1/2; none are EFFECTS."""
+def plan(effects: Sequence[float], how: Asking, samples: SamplesFile | None = None,
+         comparisons: Sequence[Comparison] = ()) -> str:
+    """What `--plan` prints: comparisons for win rates of 50% and so much more, and what those of `samples` would tell
+    and cost. effects: shares from 0 to 1/2; none are EFFECTS."""
     from winrates import comparisons_needed, half_width
 
     wrong = [effect for effect in effects if not 0 < abs(effect) < 0.5]
@@ -27,25 +28,25 @@ def plan(effects: Sequence[float], how: Asking, file: str | None = None, max_com
     for effect in effects or EFFECTS:
         needed = [comparisons_needed(effect, tie_share=ties) if abs(effect) < (1 - ties) / 2 else None for ties in TIES]
         said.append(f"{0.5 + effect:>8.1%}" + "".join(f"  {'' if n is None else n:>8}" for n in needed))
-    if file:
-        samples = SamplesFile.read(file)
-        n = min(len(samples.samples), max_comp or len(samples.samples))
+    if samples:
+        n = len(comparisons)
         widths = ", ".join(f"{half_width(n, tie_share=ties):.1%} with {ties:.0%} ties" for ties in TIES)
-        said += ["", f"{n} comparisons of {Path(file).name}: 95% interval of about +- {widths}"]
-        said.append(forecast(samples, n, how))
+        said += ["", f"{n} comparisons of {samples.path.name}: 95% interval of about +- {widths}",
+                 forecast(samples, comparisons, how)]
     return "\n".join(said)
 
 
-def forecast(samples: SamplesFile, n: int, how: Asking) -> str:
-    """Requests, tokens by their bytes, and dollars at most, where every response is as long as the policy's."""
-    words = how.words(samples.markers)
-    bill, times = how.bill(), how.orders * len(how.several)
-    size = 0
-    for prompt, text in list(zip(samples.texts("--history_key", "prompt"),
-                                 samples.texts("--candidate_key", "policy"), strict=True))[:n]:
-        said = words.messages(prompt, (text, text))
-        size += sum(len(message["content"].encode(errors="replace")) for message in said)
-    each = how.max_tokens or (MAX_TOKENS_REASON if how.reason else MAX_TOKENS)
-    tokens_in, tokens_out = times * size / BYTES_A_TOKEN, times * n * each
+def forecast(samples: SamplesFile, comparisons: Sequence[Comparison], how: Asking) -> str:
+    """Requests to an endpoint, tokens by their bytes, and dollars at most, where no answer is known yet."""
+    words, bill = how.words(samples.markers), how.bill()
+    paid = [judge for judge in how.several if not str(judge).startswith(("rm:", "hf:"))]
+    if not paid:
+        return "no requests: what judges is on this machine"
+    questions = {question for comparison in comparisons for question in comparison.questions(how.orders)}
+    size = sum(len(message["content"].encode(errors="replace")) for question in questions
+               for message in words.messages(question.prompt, question.responses))
+    requests = len(paid) * len(questions)
+    tokens_in = len(paid) * size / BYTES_A_TOKEN
+    tokens_out = requests * (how.max_tokens or (MAX_TOKENS_REASON if how.reason else MAX_TOKENS))
     cost = f", some ${bill.dollars(tokens_in, tokens_out):.2f}" if bill.price else " (--price tells what that costs)"
-    return f"{times * n} requests, some {tokens_in:,.0f} tokens in and {tokens_out:,} out at most{cost}"
+    return f"{requests} requests, some {tokens_in:,.0f} tokens in and {tokens_out:,} out at most{cost}"

@@ -164,3 +164,18 @@ def test_a_plan_judges_nothing(samples: Path, monkeypatch: Patch, capsys: Screen
     assert "5 comparisons of kto-simple_llama7b.json: " in shown and "10 requests, some " in shown
     assert "some $0." in shown
     assert main(["--plan", "5"]) == 2 and "--plan: got 5" in capsys.readouterr().err
+
+
+def test_a_plan_is_of_what_would_be_asked(tmp_path: Path, capsys: Screen) -> None:
+    """3 comparisons of 4, two of them the same: 4 questions an endpoint, none of a reward model; 120 tokens a reason.
+    A question is an opening and two responses, here of 5 and of 4,005 bytes, about a thousand tokens."""
+    rows = [{"prompt": prompt(x), "mine": "long " * 800 + "end.", "theirs": "short."} for x in "aabc"]
+    (tmp_path / "run.json").write_text(json.dumps({"samples": rows}))
+    command = ["-f", "run.json", "--plan", "0.05", "-ck", "mine", "-bk", "theirs"]
+    assert main([*command, "-mc", "3", "-j", "one", "-j", "rm:two", "--reason"]) == 0
+    found = re.search(r"3 comparisons of run.json(?s:.*)4 requests, some ([\d,]+) tokens in and 480 out at most",
+                      capsys.readouterr().out)
+    assert found and 4000 < int(found[1].replace(",", "")) < 5000
+    assert main([*command, "-j", "rm:two"]) == 0 and "no requests" in capsys.readouterr().out
+    assert main([*command, "-mc", "-1"]) == 2 and "--max_comp: got -1" in capsys.readouterr().err
+    assert main([*command[:-2], "-bk", "thiers"]) == 2 and "did you mean 'theirs'" in capsys.readouterr().err
