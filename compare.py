@@ -74,6 +74,8 @@ def chosen_from(file: str | Path, seed: int, file2: str | Path | None = None, ca
     names = (candidate_key, baseline_key)
     if theirs is not ours:
         names = (f"{ours.exp_name}:{candidate_key}", f"{theirs.exp_name}:{baseline_key}")
+    if names[0] == names[1]:
+        names = (f"{names[0]} ({ours.path})", f"{names[1]} ({theirs.path})")
     pairs = pair_up(ours, theirs, candidate_key, baseline_key, history_key)
     if max_comp and max_comp > len(pairs):
         notice(f"--max_comp: {max_comp} asked for, {len(pairs)} there")

@@ -293,6 +293,16 @@ def test_two_runs_are_compared_on_the_prompts_that_both_have(tmp_path: Path, cap
     assert "1 of 3 prompts of" in (screen := capsys.readouterr().err) and "2 of 4 of" in screen
 
 
+def test_two_runs_of_one_name_are_told_apart_by_their_paths(tmp_path: Path) -> None:
+    ours = write_samples(tmp_path / "a.json", [(prompt("a"), "", "longer")], exp_name="kto")
+    theirs = write_samples(tmp_path / "b.json", [(prompt("a"), "", "short")], exp_name="kto")
+    result = compare_files(ours, LongerWins(), file2=theirs, save_csv=tmp_path / "all.csv")
+    names = [f"kto:policy ({ours})", f"kto:policy ({theirs})"]
+    assert [result[side]["name"] for side in ("candidate", "baseline")] == names
+    with (tmp_path / "all.csv").open(newline="") as file:
+        assert [sorted([row["src_A"], row["src_B"]]) for row in csv.DictReader(file)] == [names] * 2
+
+
 def test_two_runs_with_other_markers_are_matched_by_their_turns(tmp_path: Path) -> None:
     ours = write_samples(tmp_path / "ours.json", [(prompt("a"), "", "A"), (prompt("b"), "", "B")])
     rows = [(f"<|im_start|>user\n{x}<|im_end|>\n<|im_start|>assistant\n", "", f"{x}<|im_end|>\n") for x in "ba"]
