@@ -62,7 +62,7 @@ class SamplesFile:
 
     @property
     def exp_name(self) -> str:
-        return self.config.get("exp_name") or self.path.stem
+        return str(self.config.get("exp_name") or self.path.stem)  # of exp_name=7 it is a number
 
     @property
     def markers(self) -> Markers:

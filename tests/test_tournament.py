@@ -190,6 +190,13 @@ def test_the_names_of_systems(three: list[Path], tmp_path: Path, monkeypatch: Pa
         Path("runs:1/b.json"), "policy")
 
 
+def test_a_run_may_be_called_by_a_number(tmp_path: Path) -> None:
+    """`exp_name=7` is a number in its config."""
+    file = write_samples(tmp_path / "run.json", [(prompt("a"), "x", "xx")], exp_name=7)
+    result, [line] = rank_files([file, f"{file}:chosen"], LongerWins())
+    assert [system["name"] for system in result["systems"]] == ["7", "7:chosen"] and line["exp_name"] == "7"
+
+
 def test_the_first_prompts_are_those_that_all_systems_have(tmp_path: Path, capsys: Screen) -> None:
     """All have 3, 4 and 5; a and b share 0, 1 and 2, too, and nobody else has c's 9."""
     files = [write_samples(tmp_path / f"{name}.json", [(prompt(i), ".", f"{name}{i}") for i in numbers])
