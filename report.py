@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any
 
 from charts import OUTCOMES, Slice, length_table, outcome_bar, percent, rate_table, safe
 from feedback import Markers
-from utils import REPOSITORY, UserError, write_atomically
+from utils import REPOSITORY, UserError, whole_characters, write_atomically
 
 if TYPE_CHECKING:
     from verdicts import Comparison, Verdict
@@ -117,7 +117,7 @@ def embedded(result: Mapping[str, Any], rows: Sequence[Shown]) -> str:
                          "dataset": row.dataset or "", "flipped": row.flipped} for row in rows]}
     text = json.dumps(content, ensure_ascii=False, allow_nan=False, separators=(",", ":"))
     return re.sub("[<>&\x7f-\x9f\u2028\u2029\ufeff\ufffe\uffff]", lambda found: f"\\u{ord(found[0]):04x}",
-                  re.sub("[\ud800-\udfff]", "�", text))
+                  whole_characters(text))
 
 
 def turns(prompt: str, markers: Markers) -> list[tuple[str, str]]:

@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 from api_judge import notice
 from feedback import Markers
 from local_judges import looks_like_path
-from utils import UserError, nearest
+from utils import UserError, nearest, whole_characters
 from verdicts import Comparison
 
 
@@ -74,14 +74,14 @@ class SamplesFile:
         return [str(sample.get("dataset") or "") for sample in self.samples]
 
     def texts(self, option: str, key: str) -> list[str]:
-        """The text under `key` of every sample; `option` is what the user gave the key with."""
+        """The text under `key` of every sample, in whole characters; `option` is what the user gave the key with."""
         for number, sample in enumerate(self.samples, start=1):
             if key not in sample:
                 raise UserError(f"{option}: sample {number} of {self.path} has no {key!r} (it has {', '.join(sample)})"
                                 f"{nearest(key, sample)}")
             if not isinstance(sample[key], str):
                 raise UserError(f"{option}: {key!r} of sample {number} of {self.path} is not a text: {sample[key]!r}")
-        return [sample[key] for sample in self.samples]
+        return [whole_characters(sample[key]) for sample in self.samples]
 
 
 def alpaca_samples(rows: list[Any]) -> dict[str, Any]:

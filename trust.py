@@ -24,7 +24,7 @@ from court import DEFAULT_JUDGE, Asking, Court, Heard, add_options, require_writ
 from feedback import Markers
 from judge import Comparison, Judge, Verdict, notice
 from outcome import agreement_of, append, costs
-from utils import UserError
+from utils import UserError, whole_characters
 
 if TYPE_CHECKING:
     from winrates import Estimate
@@ -106,8 +106,8 @@ def measure(labelled: str, judge: str | Judge | Sequence[str | Judge] = DEFAULT_
     if max_comp and max_comp > len(labels):
         notice(f"--max_comp: {max_comp} asked for, {len(labels)} there")
     draw = random.Random(how.seed)
-    rows = [(Comparison(label.prompt, label.chosen, label.rejected, draw.random() < 0.5), 0.5 if label.tie else 1.0)
-            for label in labels]
+    rows = [(Comparison(whole_characters(prompt), whole_characters(chosen), whole_characters(rejected),
+                        draw.random() < 0.5), 0.5 if tie else 1.0) for prompt, chosen, rejected, tie in labels]
     kept = set(draw.sample(range(len(rows)), len(rows))[:max_comp])
     comparisons, people = zip(*[row for place, row in enumerate(rows) if place in kept], strict=True)
     with court:

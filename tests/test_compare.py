@@ -331,6 +331,20 @@ def test_a_judge_that_stops_leaves_its_verdicts_and_no_result(samples: Path, tmp
     assert len(judges[0].seen) == 10 and table.read_text() == (tmp_path / "other.csv").read_text()
 
 
+def test_half_a_character_is_replaced_and_not_asked_again_and_again(tmp_path: Path, monkeypatch: Patch,
+                                                                   capsys: Screen) -> None:
+    """JSON can hold it, a request cannot: each was tried 8 times, and then the run gave up."""
+    write_samples(tmp_path / "run.json", [(prompt("\ud83d"), "a \ud83d.", "b \udc00.")])
+    (tmp_path / "pairs.jsonl").write_text(json.dumps({"instruction": "\ud83d", "output_1": "\ud83d", "output_2": "x",
+                                                      "preference": 1}))
+    with Endpoint(["Response 1"]) as endpoint:
+        serve(endpoint, monkeypatch)
+        for command in (["-f", "run.json"], ["agreement", "pairs.jsonl"]):
+            assert main([*command, "-r", "r", "-st", "0", "-v", "true", "-csv", "all.csv"]) == 0
+    assert len(endpoint.requests) == 4 and "\N{REPLACEMENT CHARACTER}" in capsys.readouterr().out
+    assert "\N{REPLACEMENT CHARACTER}" in str([request["body"] for request in endpoint.requests])
+
+
 def test_verbose_shows_each_verdict(samples: Path, tmp_path: Path, monkeypatch: Patch,
                                     capsys: Screen) -> None:
     monkeypatch.setattr(court, "make_judge", lambda *options: LongerWins())
