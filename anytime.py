@@ -97,7 +97,7 @@ class Stopping:
         if self.last[place] and self.scores:
             self.anytime.add(sum(self.scores) / len(self.scores))
             self.scores = []
-            self.p_value = min(self.p_value, math.exp(-self.anytime.log_wealth(0.5)))
+            self.p_value = min(self.p_value, math.exp(-max(self.anytime.log_wealth(0.5), 0.0)))
             if self.anytime.excludes_half:
                 self.why = "the interval excludes 50%"
             elif self.anytime.narrower_than(self.width):

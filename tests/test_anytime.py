@@ -101,6 +101,14 @@ def test_the_p_value_is_the_least_inverse_wealth() -> None:
     assert stopping.p_value == pytest.approx(1 / max(wealth)) and max(wealth) > wealth[-1]
 
 
+def test_of_very_many_even_verdicts_the_p_value_is_1() -> None:
+    """Each pair of a win and a loss costs the smallest bets 0.0025 of their log-wealth: a million makes e^-2500."""
+    stopping = Stopping("a", 0.0)
+    stopping.anytime.counts.update({0.0: 10**6, 1.0: 10**6})
+    stopping.add(0, 1.0)
+    assert stopping.p_value == 1.0
+
+
 @pytest.mark.parametrize("width", [-0.1, 1.0, 5.0, math.nan])
 def test_a_width_that_cannot_be_is_refused(width: float) -> None:
     with pytest.raises(UserError, match="--until_width: got"):
