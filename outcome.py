@@ -65,7 +65,7 @@ class Outcome:
         """Where the prompts are of several data sets, the win rate on each."""
         places: dict[str, list[int]] = {}
         for place, comparison in enumerate(self.comparisons):
-            places.setdefault(comparison.dataset, []).append(place)
+            places.setdefault(comparison.dataset or "unknown", []).append(place)
         if len(places) < 2:
             return {}
         parts = {name: self.of([self.heard.verdicts[place] for place in own], own) for name, own in places.items()}

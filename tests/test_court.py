@@ -124,16 +124,17 @@ def test_a_panel_decides_by_majority_and_says_how_far_its_judges_agree(samples: 
 
 
 def test_of_several_data_sets_each_has_its_own_win_rate(tmp_path: Path) -> None:
-    """hh: won, lost; shp: won, not read, which is left out."""
+    """hh: won, lost; shp: won, not read, which is left out; of the last the file does not say where it is from."""
     file = write_samples(tmp_path / "run.json", [(prompt("a"), "x", "xx"), (prompt("b"), "xx", "x"),
-                                                 (prompt("c"), "x", "xx"), (prompt("d"), "x", "")])
+                                                 (prompt("c"), "x", "xx"), (prompt("d"), "x", ""),
+                                                 (prompt("e"), "x", "xx")])
     content = json.loads(file.read_text())
-    for sample, name in zip(content["samples"], ("hh", "hh", "shp", "shp"), strict=True):
+    for sample, name in zip(content["samples"], ("hh", "hh", "shp", "shp", None), strict=True):
         sample["dataset"] = name
     file.write_text(json.dumps(content))
     result = compare_files(file, LongerWins(), report=tmp_path / "out.html")
     assert {name: (part["total"], part["win_rate"]) for name, part in result["datasets"].items()} == {
-        "hh": (2, 0.5), "shp": (2, 1.0)}
+        "hh": (2, 0.5), "shp": (2, 1.0), "unknown": (1, 1.0)}
     assert "on hh (2): 50.0% [" in table_of(result) and "By data set" in (tmp_path / "out.html").read_text()
 
 
