@@ -56,6 +56,10 @@ class SamplesFile:
         if not (isinstance(config, dict) and rows_are_objects):
             raise UserError(f"{option}: {path} is no samples file: {{config, samples: [{{prompt, chosen, policy}}]}}, "
                             "or AlpacaEval's [{instruction, output, generator}]")
+        markers = [config.get(name) or "" for name in Markers._fields]
+        if not (isinstance(config.get("model") or {}, dict) and all(isinstance(text, str) for text in markers)):
+            raise UserError(f"{option}: the config in {path} is not a run's: model is an object there, and "
+                            f"{', '.join(Markers._fields)} are texts")
         if not samples:
             raise UserError(f"{option}: {path} has no samples; sample with ++n_samples above 0")
         return cls(path, config, samples)

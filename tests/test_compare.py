@@ -420,7 +420,8 @@ def test_money_that_is_spent_stops_the_run_and_the_same_command_goes_on(samples:
 @pytest.mark.parametrize(("content", "message"), [
     (None, "cannot read"), ('{"samples": [', "is not JSON"), ("[]", "has no samples"),
     ('[{"instruction": 1}]', "no samples file"), ('{"samples": ["a"]}', "no samples file"),
-    ('{"samples": []}', "has no samples"),
+    ('{"samples": []}', "has no samples"), ('{"config": {"model": "x"}, "samples": []}', "is not a run's: model is"),
+    ('{"config": {"human_prefix": 5}, "samples": []}', "is not a run's"),
     ('{"samples": [{"prompt": "a", "policy": "b"}]}', r"no 'chosen' \(it has prompt, policy\)"),
     ('{"samples": [{"prompt": "a", "chosen": null, "policy": "b"}]}', "'chosen' of sample 1 .* is not a text: None")])
 def test_a_bad_samples_file_is_told_in_words(tmp_path: Path, content: str | None, message: str) -> None:
