@@ -249,7 +249,7 @@ class Exchange:
             host = urllib.parse.urlsplit(judge.endpoint).hostname
             self.end(UserError(f"judge {judge.name} at {host} failed for good, at try {failures} of {judge.tries}: "
                                f"{failure.reason}; look at OPENAI_API_KEY, OPENAI_BASE_URL and --judge"))
-        else:
+        elif not self.over.is_set():
             if failure.asked is not None:
                 self.paused_until = max(self.paused_until, self.loop.time() + wait)
             self.loop.call_later(wait, self.line.put_nowait, number)

@@ -16,7 +16,7 @@ from outcome import table_of
 from utils import UserError
 from verdict_cache import VerdictCache
 
-from endpoint import Endpoint  # isort: skip  # of benchmarks/, which `judged` puts on the path
+from endpoint import Endpoint, Raw, response  # isort: skip  # of benchmarks/, which `judged` puts on the path
 
 __all__ = ["elsewhere", "samples"]  # fixtures
 
@@ -97,6 +97,23 @@ def test_a_limit_that_enough_verdicts_are_within_stops_nothing(tmp_path: Path, m
         assert main([*command, "--max_requests", str(most - 1)]) == 2
     first, second = (json.loads(line) for line in (tmp_path / "r").read_text().splitlines())
     assert first["total"] == second["total"] and second["requests"] == most
+
+
+def test_what_fails_when_enough_is_known_is_not_said_to_be_tried_again(tmp_path: Path, monkeypatch: Patch,
+                                                                      capsys: Screen) -> None:
+    """One at a time asks for what counts and no more; of 8 in flight all else fails, slowly."""
+    file = write_samples(tmp_path / "run.json", [(prompt(str(i)), "a.", "three four five.") for i in range(200)])
+    command = ["-f", str(file), "-r", "r", "--no_cache", "--until_width", "0.1", "--concurrency"]
+    counted, failure = list[str](), Raw(response(500, "boom"), drip=0.003)
+    with Endpoint(lambda request: counted.append(str(request["body"])) or by_content(request)) as endpoint:
+        serve(endpoint, monkeypatch)
+        assert main([*command, "1"]) == 0
+    with Endpoint(lambda request: by_content(request) if str(request["body"]) in counted else failure) as endpoint:
+        serve(endpoint, monkeypatch)
+        assert main([*command, "8"]) == 0
+    first, second = (json.loads(line) for line in (tmp_path / "r").read_text().splitlines())
+    assert first["total"] == second["total"] == len(counted) / 2 and len(endpoint.requests) > len(counted)
+    assert "trying again" not in capsys.readouterr().err
 
 
 def test_a_panel_decides_by_majority_and_says_how_far_its_judges_agree(samples: Path, tmp_path: Path) -> None:
