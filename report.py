@@ -140,10 +140,15 @@ def without_secrets(value: Any) -> Any:
     if isinstance(value, Mapping):
         return {key: without_secrets(inner) for key, inner in value.items()
                 if not SECRET_NAME.search(name := snake_case(str(key)))
-                or (isinstance(inner, int | float) and "token" in name)}
+                or ("token" in name and is_count(inner))}
     if isinstance(value, list | tuple):
         return [without_secrets(inner) for inner in value]
     return SECRET_VALUE.sub("…", value) if isinstance(value, str) else value
+
+
+def is_count(value: Any) -> bool:
+    """Whether it is a number, or numbers by name, as those of tokens in and out."""
+    return isinstance(value, int | float) or (isinstance(value, Mapping) and all(map(is_count, value.values())))
 
 
 def snake_case(name: str) -> str:

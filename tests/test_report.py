@@ -75,11 +75,12 @@ def test_numbers_are_those_of_the_result(tmp_path: Path) -> None:
 
 def test_what_a_result_has_besides_is_shown(tmp_path: Path) -> None:
     more = {"length_controlled": {"win_rate": 0.333, "interval": [0.25, 0.5]}, "p_value": 0.00321, "flip_rate": 0.125,
-            "requests": 1234, "cached": 0, "cost": {"input_tokens": 5678, "dollars": 0.125}, "new_thing": 0.5,
-            "none": None}
+            "requests": 1234, "cached": 0, "tokens": {"in": 91011, "out": 12},
+            "cost": {"input_tokens": 5678, "dollars": 0.125}, "new_thing": 0.5, "none": None}
     shown = words_of(report(tmp_path, **more))
     for part in ["length-controlled 33.3% 25.0% to 50.0%", "p-value 0.00321", "Flips with the order 12.5%",
-                 "Requests 1,234", "Cached 0", "Cost input tokens 5,678", "Cost dollars 0.125", "New thing 0.5"]:
+                 "Tokens in 91,011 Tokens out 12", "Requests 1,234", "Cached 0",
+                 "Cost input tokens 5,678", "Cost dollars 0.125", "New thing 0.5"]:
         assert part in shown
     assert "None" not in shown
     assert "one order asked" in words_of(report(tmp_path))
