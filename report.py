@@ -175,8 +175,7 @@ def finding(result: Mapping[str, Any]) -> str:
 
 def figures(result: Mapping[str, Any]) -> str:
     """The other numbers of the result, those that it has: a <dl>'s groups."""
-    total, flips = result["total"] or 1, result.get("flips")
-    flip_rate = result.get("flip_rate", None if flips is None else flips / total)
+    flip_rate = result.get("flip_rate")
     shown = {} if "panel" in result else {
         "Flips with the order": "one order asked" if flip_rate is None else number(flip_rate, percent)}
     unit = result.get("length_unit", "")

@@ -65,9 +65,9 @@ def test_numbers_are_those_of_the_result(tmp_path: Path) -> None:
 
     Mean lengths: (8 + 1 + 1 + 0) / 4 and (4 + 5 + 1 + 0) / 4.
     """
-    shown = words_of(report(tmp_path, flips=1))
+    shown = words_of(report(tmp_path, flips=1, flip_rate=1 / 3))
     for part in ["Win rate of policy 37.5% 95% interval 12.5% to 75.2%: it holds 50%", "1 wins 25.0%", "1 ties 25.0%",
-                 "1 losses 25.0%", "1 unparsed 25.0%", "Flips with the order 25.0%", "Mean length, policy 2.5 tokens",
+                 "1 losses 25.0%", "1 unparsed 25.0%", "Flips with the order 33.3%", "Mean length, policy 2.5 tokens",
                  "Mean length, chosen 2.5 tokens", "Judge toy · 4 comparisons", "all 37.5% 12.5% to 75.2% n 3",
                  "seed 7", "wins +4 n 1", "ties +0 n 1", "losses \N{MINUS SIGN}4 n 1"]:
         assert part in shown
