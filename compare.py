@@ -57,7 +57,10 @@ def compare_files(file: str | Path, judge: str | Judge | Sequence[str | Judge] =
         outcome = Outcome.heard_in(court, ours, names, comparisons, length_counter(ours.config), save_csv, stopping)
     line = outcome.line()
     if report:
-        outcome.write_page(report, line)
+        try:
+            outcome.write_page(report, line)
+        except OSError as error:
+            notice(f"--report: cannot write {report}: {error.strerror}; the result is what it is, without a page")
     return line
 
 

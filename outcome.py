@@ -162,7 +162,8 @@ def rate(part: Mapping[str, Any]) -> str:
 def parts(line: Mapping[str, Any]) -> list[str]:
     """By data set, by judge, and how far judges agree."""
     said = [f"on {name} ({part['total']}): {rate(part)}" for name, part in line.get("datasets", {}).items()]
-    said += [f"by {part['judge']} alone: {rate(part)}, {part['ties']} ties, {part['unparsed']} unparsed"
+    said += [f"by {part['judge']} alone: {rate(part)}, {part['ties']} ties"
+             f"{f' ({n} by the order)' if (n := part.get('flips')) else ''}, {part['unparsed']} unparsed"
              for part in line.get("panel", [])]
     for pair in line.get("kappa", []):
         value = "none" if pair["kappa"] is None else f"{pair['kappa']:.2f} [{pair['interval'][0]:.2f}, " \

@@ -1,7 +1,9 @@
 """How judges are asked: until enough is known, as a panel, about samples from elsewhere; and what it will take."""
 
 import csv
+import errno
 import json
+import os
 import re
 from collections.abc import Sequence
 from pathlib import Path
@@ -10,6 +12,7 @@ import pytest
 from judged import serve
 from test_compare import LongerWins, by_content, elsewhere, prompt, samples, write_samples
 
+import report
 from compare import compare_files, main
 from judge import Answer, Docket, Question
 from outcome import table_of
@@ -137,7 +140,8 @@ def test_a_panel_decides_by_majority_and_says_how_far_its_judges_agree(samples: 
     [data] = re.findall(r'<script type="application/json"[^>]*>(.*?)</script>', page, re.DOTALL)
     assert [len(row["verdicts"]) for row in json.loads(data)["rows"]] == [6] * 5 and "By judge" in page
     screen = table_of(result)
-    assert "by third alone: 50.0%" in screen and "kappa of first and third: 0.64 [" in screen
+    assert "by third alone: 50.0%" in screen and "2 ties (1 by the order), 1 unparsed" in screen
+    assert "by first alone: 62.5%" in screen and "kappa of first and third: 0.64 [" in screen
 
 
 def test_of_several_data_sets_each_has_its_own_win_rate(tmp_path: Path) -> None:
@@ -197,3 +201,13 @@ def test_a_plan_is_of_what_would_be_asked(tmp_path: Path, capsys: Screen) -> Non
     assert main([*command, "-j", "rm:two"]) == 0 and "no requests" in capsys.readouterr().out
     assert main([*command, "-mc", "-1"]) == 2 and "--max_comp: got -1" in capsys.readouterr().err
     assert main([*command[:-2], "-bk", "thiers"]) == 2 and "did you mean 'theirs'" in capsys.readouterr().err
+
+
+def test_a_page_that_cannot_be_written_does_not_take_the_result_with_it(
+        samples: Path, tmp_path: Path, monkeypatch: Patch, capsys: Screen) -> None:
+    def full(*anything: object) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(report, "write_report", full)
+    assert compare_files(samples, LongerWins(), report=tmp_path / "out.html")["total"] == 5
+    assert "out.html: No space left on device; the result is what it is" in capsys.readouterr().err
