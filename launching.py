@@ -19,7 +19,7 @@ from collections.abc import Callable, Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
 from distributed import LOST, joined
-from utils import UserError
+from utils import MISTAKE, UserError
 
 if TYPE_CHECKING:
     from omegaconf import DictConfig
@@ -141,7 +141,8 @@ def explain(rank: int, code: int, screen: Any) -> None:
 def watched(processes: Sequence["subprocess.Popen[Any]"]) -> tuple[int, int]:
     """Which process ended first with another exit status than 0, and that, once all have ended, which they must soon.
 
-    One that ended because it lost another is not the cause, if that is one of them, too. (0, 0) if all went well.
+    One that ended because it lost another is not the cause, if that is one of them, too. A mistake that several have
+    found is the first process's, which has said it on the screen. (0, 0) if all went well.
     """
     while True:
         codes = [process.poll() for process in processes]
@@ -151,6 +152,8 @@ def watched(processes: Sequence["subprocess.Popen[Any]"]) -> tuple[int, int]:
                 time.sleep(0.05)
             ended = [*enumerate(codes), *((place, process.poll()) for place, process in enumerate(processes))]
             causes = [(place, code) for place, code in ended if code and code != LOST]
+            if causes and causes[0][1] == MISTAKE and (0, MISTAKE) in causes:
+                return 0, MISTAKE
             return causes[0] if causes else next((place, code) for place, code in ended if code)
         if all(code == 0 for code in codes):
             return 0, 0

@@ -16,7 +16,7 @@ from typing import Any, TypeGuard
 from omegaconf import DictConfig, ListConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from utils import REPOSITORY, UserError, keep_freed_memory, let_threads_sleep, nearest
+from utils import MISTAKE, REPOSITORY, UserError, keep_freed_memory, let_threads_sleep, nearest
 
 GROUPS = ("model", "loss")
 # What the base class of a loss can do to it; refused where it does not fit.
@@ -148,7 +148,7 @@ def for_jobs_elsewhere() -> None:
 
 
 class user_errors:
-    """Context that prints a `UserError`, or a file that may not be written, and exits with 2; others pass.
+    """Context that prints a `UserError`, or a file that may not be written, and exits with MISTAKE; others pass.
 
     Ctrl-C ends without a traceback, with 130, where nothing has more to do about it.
     """
@@ -160,7 +160,7 @@ class user_errors:
         full = os.environ.get("HYDRA_FULL_ERROR") == "1"
         if isinstance(error, (UserError, PermissionError)) and not full:
             print(f"error: {error}", file=sys.stderr)
-            raise SystemExit(2)
+            raise SystemExit(MISTAKE)
         if isinstance(error, KeyboardInterrupt) and not full:
             print("stopped", file=sys.stderr)
             raise SystemExit(130)

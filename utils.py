@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import IO, Any
 
 REPOSITORY = Path(__file__).resolve().parent
+MISTAKE = 2  # exit status after a user's mistake, which each rank of a run may find by itself
 
 
 class UserError(ValueError):

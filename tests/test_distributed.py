@@ -19,7 +19,7 @@ import launching
 from checkpoint import save_states
 from distributed import LOST, my_turns
 from launching import free_port
-from utils import REPOSITORY
+from utils import MISTAKE, REPOSITORY
 
 # One of each family: plain, paired, labelled with KL pairs, coupling the batch, with heads, in several passes.
 FAMILIES = ["sft", "dpo", "kto", "bco", "bradley-terry", "ppo", "csft"]
@@ -194,6 +194,18 @@ def test_what_the_rank_says_that_failed_is_shown(script: str, tmp_path: Path, ca
         launching.launch(2, None)
     assert ended.value.code == 1
     assert "rank 1 ended with 1:\nno such thing" in capfd.readouterr().err
+
+
+def test_a_mistake_that_the_first_rank_says_too_is_said_by_it_alone(tmp_path: Path, capfd: pytest.CaptureFixture[str],
+                                                                    monkeypatch: pytest.MonkeyPatch) -> None:
+    """Rank 1 is the first to end."""
+    (tmp_path / "script.py").write_text(
+        "import os, sys, time\ntime.sleep(0 if os.environ['RANK'] == '1' else 1)\n"
+        f"print('error: no such file', file=sys.stderr)\nsys.exit({MISTAKE})")
+    monkeypatch.setattr(sys, "argv", [str(tmp_path / "script.py")])
+    with pytest.raises(SystemExit) as ended:
+        launching.launch(2, None)
+    assert ended.value.code == MISTAKE and capfd.readouterr().err == "error: no such file\n"
 
 
 def test_a_rank_whose_peer_is_gone_says_so_and_ends(tmp_path: Path) -> None:
